@@ -1,0 +1,89 @@
+"""Start a private Ray on this machine, or join a cluster that is there, and leave nothing behind."""
+
+import contextlib
+import logging
+import os
+import secrets
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+OBJECT_STORE_HEADROOM_BYTES = 128 * 2**20
+
+PRIVATE_ENVIRONMENT = {
+    # Ray's name for it is older than its use: 0 makes every server of the node bind to loopback alone
+    # (ray 2.60, _private/services.py: get_node_ip_address). tests/test_cluster_runtime.py reads the sockets back.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a FutureWarning on zero-GPU trials
+}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A Ray that this process is connected to. Resources are the whole cluster's."""
+
+    address: str  # "local" for a private one
+    num_cpus: float
+    num_gpus: float
+
+
+@contextlib.contextmanager
+def ray_runtime(
+    address: str | None = None, *, data_bytes: int = 0, num_cpus: int | None = None, num_gpus: int | None = None
+) -> Iterator[Runtime]:
+    """Connect to Ray for the length of a `with` block; a Ray this process is connected to already is used as it is.
+
+    address: None starts a private Ray on this machine, on loopback, behind a fresh token that is kept in
+    memory; anything else joins the cluster there. data_bytes: what the object store must hold.
+    """
+    if (ray := sys.modules.get("ray")) is not None and ray.is_initialized():
+        yield _describe(ray, ray.get_runtime_context().gcs_address)
+    elif address is None:
+        with environment({**PRIVATE_ENVIRONMENT, "RAY_AUTH_TOKEN": secrets.token_hex(32)}):
+            import ray
+            from ray._private import ray_constants
+
+            ray_constants.ENABLE_RAY_CLUSTER = False  # the variable above, for a process that had imported ray
+            options = {
+                "num_cpus": num_cpus,
+                "num_gpus": num_gpus,
+                "object_store_memory": OBJECT_STORE_HEADROOM_BYTES + 2 * data_bytes,
+            }
+            with _connected(ray, include_dashboard=False, **options):
+                yield _describe(ray, "local")
+    else:
+        import ray
+
+        with _connected(ray, address=address):
+            yield _describe(ray, address)
+
+
+@contextlib.contextmanager
+def _connected(ray, **options: object) -> Iterator[None]:  # type: ignore[no-untyped-def]
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _describe(ray, address: str) -> Runtime:  # type: ignore[no-untyped-def]
+    resources = ray.cluster_resources()
+    return Runtime(address, resources.get("CPU", 0.0), resources.get("GPU", 0.0))
+
+
+@contextlib.contextmanager
+def environment(values: dict[str, str]) -> Iterator[None]:
+    """Set variables for the processes Ray starts, then put back what was there."""
+    before = {key: os.environ.get(key) for key in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value

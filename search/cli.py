@@ -1,0 +1,259 @@
+"""`vaesearch`: parse, call one function, print. Results go to stdout, progress and errors to stderr."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vae.config import InputError
+
+if TYPE_CHECKING:
+    from search.spec import StudySpec
+
+app = typer.Typer(
+    name="vaesearch",
+    help="Settle activation, dropout, slopes, learning rate and latent size of a VAE on your data.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+DEFAULT_STORAGE = Path("studies")
+
+Storage = Annotated[Path, typer.Option(help="Folder of the studies.", envvar="VAESEARCH_STORAGE", show_envvar=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Name = Annotated[str, typer.Argument(help="Name of the study.")]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(installed("vaesearch"))
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    study_file: Annotated[Path | None, typer.Argument(help="A study file, TOML or YAML; none: the defaults.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the study.  [default: after the data]")] = None,
+    storage: Annotated[Path | None, typer.Option(help="Folder of the studies.  [default: studies]")] = None,
+    data: Annotated[str | None, typer.Option(help="digits, mnist, fashion-mnist or a file.")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Folder with the idx files of mnist.")] = None,
+    trials: Annotated[int | None, typer.Option(help="Configurations to try.")] = None,
+    max_epochs: Annotated[int | None, typer.Option(help="Epochs of a trial that is not stopped early.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of split, suggestions and trials.")] = None,
+    goal: Annotated[str | None, typer.Option(help="best-model.")] = None,
+    cpus_per_trial: Annotated[int | None, typer.Option(help="Cores of a trial.")] = None,
+    gpus_per_trial: Annotated[float | None, typer.Option(help="GPUs of a trial: 0, a share, or a number.")] = None,
+    concurrency: Annotated[str | None, typer.Option(help="Trials at once, or auto.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other key: --set train.beta=0.5")
+    ] = None,
+    extend: Annotated[int, typer.Option(help="More trials for a study that is complete.", min=0)] = 0,
+    address: Annotated[str | None, typer.Option(help="A Ray cluster to join.", envvar="RAY_ADDRESS")] = None,
+    json: Json = False,
+) -> None:
+    """Start a study, or go on with it. Without arguments: the digits, in about a minute."""
+    from search.spec import StudySpec
+
+    flags = {
+        "name": name,
+        "storage.path": None if storage is None else str(storage),
+        "data.source": data,
+        "data.data_dir": data_dir,
+        "budget.trials": trials,
+        "budget.max_epochs": max_epochs,
+        "seed": seed,
+        "goal": goal,
+        "resources.cpus_per_trial": cpus_per_trial,
+        "resources.gpus_per_trial": gpus_per_trial,
+        "resources.concurrency": _concurrency(concurrency),
+    }
+    overrides: dict[str, object] = {key: value for key, value in flags.items() if value is not None}
+    overrides.update(_assignments(set_ or []))
+    spec = StudySpec.load(study_file, overrides)
+    _run(spec, address, extend, json)
+
+
+@app.command(name="list")
+def list_(storage: Storage = DEFAULT_STORAGE, json: Json = False) -> None:
+    """The studies of a folder, with their best."""
+    from search.leaderboard import as_json, studies_table
+    from search.results import list_studies
+
+    studies = list_studies(storage)
+    if json:
+        _print_json([as_json(study) for study in studies])
+    elif studies:
+        _console().print(studies_table(studies))
+    else:
+        raise InputError(f"{storage}: there is no study there; `vaesearch run` makes one")
+
+
+@app.command()
+def show(
+    study: Name,
+    storage: Storage = DEFAULT_STORAGE,
+    trials: Annotated[bool, typer.Option("--trials", help="Every trial, too.")] = False,
+    json: Json = False,
+) -> None:
+    """What a study found so far; also while it runs."""
+    from search.leaderboard import as_json, print_study, trials_table
+    from search.results import open_study
+
+    opened = open_study(storage / study)
+    if json:
+        _print_json(as_json(opened))
+        return
+    if trials:
+        _console().print(trials_table(opened.rows()))
+    print_study(_console(), opened)
+
+
+@app.command()
+def query(
+    sql: Annotated[str, typer.Argument(help="One SELECT over studies, trials, epochs.")],
+    storage: Storage = DEFAULT_STORAGE,
+    format: Annotated[str, typer.Option(help="table, json, csv or parquet.")] = "table",
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="A file instead of stdout.")] = None,
+) -> None:
+    """SQL over the results, read-only, also while studies run."""
+    from search.output import write_table
+    from search.query import query as run_query
+
+    write_table(run_query(sql, storage), format, output)
+
+
+@app.command()
+def export(
+    study: Name,
+    storage: Storage = DEFAULT_STORAGE,
+    top: Annotated[int, typer.Option(help="How many of the best.", min=1)] = 1,
+    to: Annotated[Path, typer.Option(help="The folder to write.")] = Path("models"),
+    data_dir: Annotated[str | None, typer.Option(help="Folder with the idx files, if it has moved.")] = None,
+    json: Json = False,
+) -> None:
+    """Write the best models into a folder, each checked after it was written."""
+    from search.publish import export_best
+    from search.results import open_study
+    from vae.data import load_data
+
+    opened = open_study(storage / study)
+    spec = opened.spec
+    if data_dir is not None:
+        spec = spec.model_copy(update={"data": spec.data.model_copy(update={"data_dir": data_dir})})
+    folders = export_best(opened, load_data(spec.data_config()), top, to)
+    if json:
+        _print_json([str(folder) for folder in folders])
+    else:
+        print("\n".join(map(str, folders)))
+
+
+@app.command()
+def data(
+    data_dir: Annotated[str | None, typer.Option(help="A folder to look in first.")] = None, json: Json = False
+) -> None:
+    """Which data sets are there, and how to get the rest."""
+    from dataclasses import asdict
+
+    from search.leaderboard import sources_table
+    from vae.data import available_sources
+
+    sources = available_sources(data_dir)
+    if json:
+        _print_json([asdict(source) for source in sources])
+    else:
+        _console().print(sources_table(sources))
+
+
+@app.command()
+def init() -> None:
+    """Print a study file with every key, its unit and its default."""
+    from search.spec import commented_study_file
+
+    print(commented_study_file(), end="")
+
+
+def _run(spec: "StudySpec", address: str | None, extend: int, json: bool) -> None:
+    from search.leaderboard import as_json, print_study
+    from search.progress import Progress
+    from search.results import Study
+    from search.study import Interrupted, run_study
+
+    path = Path(spec.storage.path) / spec.name
+    with Progress() as progress:
+        try:
+            study = run_study(spec, address=address, extend=extend, events=[progress], say=progress.say)
+        except Interrupted as interrupted:
+            summary = Study(path).summary()
+            again = shlex.join(["vaesearch", *_without_extend(sys.argv[1:])])
+            progress.say(f"interrupted with {summary.ended} of {summary.trials} trials done; go on with: {again}")
+            raise typer.Exit(128 + interrupted.signum) from None
+    if json:
+        _print_json(as_json(study))
+    else:
+        print_study(_console(), study)
+
+
+def main() -> None:
+    """The command. Exit status: 0 done, 1 failed, 2 wrong usage or file, 130 and 143 interrupted."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]  # wherever it stands
+    try:
+        app(args=arguments)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if len(arguments) < len(sys.argv) - 1:
+            raise
+        print(f"vaesearch: {error or type(error).__name__}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+
+
+def _concurrency(text: str | None) -> int | str | None:
+    return int(text) if text is not None and text.isdigit() else text
+
+
+def _assignments(texts: list[str]) -> dict[str, object]:
+    from search.spec import parse_value
+
+    pairs: dict[str, object] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"--set {text}: expected KEY=VALUE, for example --set train.beta=0.5")
+        pairs[key.strip()] = parse_value(value.strip())
+    return pairs
+
+
+def _without_extend(arguments: list[str]) -> list[str]:
+    """The command that goes on: an extension has been noted in the study and is not asked for twice."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip or argument.startswith("--extend"):
+            skip = argument == "--extend"
+            continue
+        kept.append(argument)
+    return kept
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def _print_json(value: object) -> None:
+    import json
+
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""Asynchronous successive halving on epochs: which trial may go on at each rung.
+
+The rule is that of Li et al. 2020 (A System for Massively Parallel Hyperparameter Tuning) in the stopping
+form of Ray's AsyncHyperBandScheduler, which the tests hold it against. It is written out here because ours
+is rebuilt from the ledger after a crash, and takes a non-finite value for the worst one: `nan < cutoff` is
+false, so Ray's lets a NaN trial run to its last epoch.
+"""
+
+import math
+
+import numpy as np
+
+
+class Asha:
+    """Remembers the value of every trial at every rung it reached; lower is better."""
+
+    def __init__(self, rungs: list[int], reduction_factor: float) -> None:
+        self._keep_percent = 100 / reduction_factor
+        self._recorded: dict[int, dict[int, float]] = {rung: {} for rung in rungs}
+
+    def may_go_on(self, trial: int, epoch: int, value: float) -> bool:
+        """Judge and record a trial at the highest rung it has reached; False if it should stop there."""
+        if not math.isfinite(value):
+            return False
+        reached = [rung for rung in self._recorded if rung <= epoch]
+        if not reached or trial in self._recorded[reached[-1]]:
+            return True
+        recorded = self._recorded[reached[-1]]
+        keep = not recorded or value <= float(np.percentile(list(recorded.values()), self._keep_percent))
+        recorded[trial] = value
+        return keep

@@ -1,0 +1,20 @@
+"""What happens in a study while it runs, for whoever wants to hear of it."""
+
+from search.ledger import EpochRow, TrialRow
+from search.spec import StudySpec
+
+
+class StudyEvents:
+    """Override what matters. Called on the driver's main thread, after the ledger has it."""
+
+    def search_started(self, spec: StudySpec, rows: list[TrialRow]) -> None:
+        """The search is about to begin, or to go on from these trials."""
+
+    def trial_started(self, row: TrialRow) -> None:
+        """A suggestion is on disk and waits for a worker; also one that is started again."""
+
+    def epochs_done(self, row: TrialRow, epochs: list[EpochRow]) -> None:
+        """New epochs; the row has the figures of the last one."""
+
+    def trial_ended(self, row: TrialRow) -> None:
+        """The row's state is COMPLETE, PRUNED or FAIL."""

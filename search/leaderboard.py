@@ -1,0 +1,186 @@
+"""What a study found, for a terminal and as plain values for JSON."""
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from search.ledger import TrialRow
+from search.progress import activation_text, duration, hidden_text, params_text
+from search.results import Study, Summary
+from vae.data import SourceStatus
+
+LEADERS_SHOWN = 5
+TEXT_COLUMNS = (
+    "parameters",
+    "activation",
+    "state",
+    "status",
+    "study",
+    "data",
+    "source",
+    "found",
+    "description",
+    "where, or how to get it",
+)
+
+
+def print_study(console: Console, study: Study) -> None:
+    """Leaders, the best of each activation, what early stopping saved, and what to type next."""
+    summary = study.summary()
+    console.print(f"[bold]{summary.name}[/bold]: {_counts(summary)}")
+    if summary.best is None:
+        console.print("No healthy trial has trained to its last epoch yet.")
+    else:
+        console.print(_verdict(summary), soft_wrap=True)
+        console.print(_leaders_table(summary))
+    if summary.activations:
+        console.print(_activations_table(summary))
+    console.print("\n".join(_costs(summary)))
+    for folder in study.model_folders():
+        console.print(f"model: {folder}", soft_wrap=True)
+    console.print("\n".join(["next:", *next_commands(study)]), soft_wrap=True, style="dim")
+
+
+def as_json(study: Study) -> dict[str, Any]:
+    """The same as one JSON document."""
+    summary = study.summary()
+    values = asdict(summary) | {
+        "path": str(study.path),
+        "is_complete": summary.is_complete,
+        "best": None if summary.best is None else asdict(summary.best),
+        "models": [str(folder) for folder in study.model_folders()],
+    }
+    return {key: _plain(value) for key, value in values.items()}
+
+
+def next_commands(study: Study) -> Iterator[str]:
+    storage = study.path.parent
+    where = "" if storage == Path("studies") else f" --storage {shlex.quote(str(storage))}"
+    name = shlex.quote(study.name)
+    yield f"  vaesearch show {name}{where} --trials"
+    yield (f'  vaesearch query "SELECT activation, min(val_nelbo) FROM trials GROUP BY 1 ORDER BY 2"{where}')
+    yield f"  vaesearch export {name}{where} --top 1 --to model"
+
+
+def trials_table(rows: list[TrialRow]) -> Table:
+    """Every trial, a line each."""
+    table = _table("trial", "state", "status", "nelbo", "epochs", "parameters")
+    for row in rows:
+        epochs = f"{row.epochs}/{row.max_epochs}"
+        table.add_row(str(row.trial), row.state, row.status or "", _nats(row.val_nelbo), epochs, params_text(row))
+    return table
+
+
+def studies_table(studies: list[Study]) -> Table:
+    """The studies of a folder, a line each."""
+    table = _table("study", "data", "trials", "best", "parameters")
+    for study in studies:
+        summary, source = study.summary(), study.spec.data.source
+        done = f"{summary.ended}/{summary.trials}"
+        best = summary.best
+        table.add_row(
+            study.name, source, done, _nats(best.val_nelbo if best else None), params_text(best) if best else ""
+        )
+    return table
+
+
+def sources_table(sources: list[SourceStatus]) -> Table:
+    """The data sets that are known by name, a line each."""
+    table = _table("source", "found", "description", "where, or how to get it")
+    for source in sources:
+        where = source.where if source.found else source.how_to_get
+        table.add_row(source.name, "yes" if source.found else "no", source.description, where)
+    return table
+
+
+def _verdict(summary: Summary) -> str:
+    best = summary.best
+    assert best is not None
+    assert best.val_nelbo is not None
+    against = ""
+    if summary.no_latent_nelbo is not None:
+        gain = summary.no_latent_nelbo - best.val_nelbo
+        against = f", {gain:.2f} below a model that ignores its latents ({summary.no_latent_nelbo:.2f})"
+    return f"best: [bold green]{best.val_nelbo:.3f}[/] nats per example, trial {best.trial}{against}"
+
+
+def _leaders_table(summary: Summary) -> Table:
+    leaders = summary.leaders[:LEADERS_SHOWN]
+    figures = {
+        "rank": lambda rank, row: str(rank),
+        "trial": lambda rank, row: str(row.trial),
+        "nelbo": lambda rank, row: _nats(row.val_nelbo),
+        "recon": lambda rank, row: _nats(row.val_recon),
+        "kl": lambda rank, row: _nats(row.val_kl),
+        "active": lambda rank, row: f"{row.active_units}/{row.latent_dim}",
+        "activation": lambda rank, row: activation_text(row),
+        "lr": lambda rank, row: f"{row.learning_rate:.1e}",
+        "dropout": lambda rank, row: f"{row.dropout:.2f}",
+    }
+    if len({tuple(row.hidden_dims) for row in leaders}) > 1:
+        figures["hidden"] = lambda rank, row: hidden_text(row)
+    if len({row.batch_size for row in leaders}) > 1:
+        figures["batch"] = lambda rank, row: str(row.batch_size)
+    table = _table(*figures)
+    for rank, row in enumerate(leaders, start=1):
+        table.add_row(*(figure(rank, row) for figure in figures.values()))
+    return table
+
+
+def _activations_table(summary: Summary) -> Table:
+    table = _table("activation", "trials", "full", "stopped", "failed", "best", "trial", "lr")
+    for entry in summary.activations:
+        best = entry.best
+        figures = (str(entry.trials), str(entry.full), str(entry.stopped), str(entry.failed))
+        if best is None:
+            table.add_row(entry.activation, *figures, "", "", "")
+        else:
+            table.add_row(
+                entry.activation, *figures, _nats(best.val_nelbo), str(best.trial), f"{best.learning_rate:.1e}"
+            )
+    return table
+
+
+def _counts(summary: Summary) -> str:
+    words = {"COMPLETE": "in full", "PRUNED": "stopped early", "FAIL": "failed", "RUNNING": "unfinished"}
+    parts = [f"{summary.states[state]} {word}" for state, word in words.items() if summary.states.get(state)]
+    unhealthy = [f"{n} {status}" for status, n in summary.statuses.items() if status not in ("ok",)]
+    notes = f" ({', '.join(unhealthy)})" if unhealthy else ""
+    return f"{summary.ended} of {summary.trials} trials, {', '.join(parts) or 'none begun'}{notes}"
+
+
+def _costs(summary: Summary) -> Iterator[str]:
+    total = summary.epochs_trained + summary.epochs_saved
+    if summary.epochs_saved:
+        share = summary.epochs_saved / total
+        yield f"early stopping saved {summary.epochs_saved} of {total} epochs ({share:.0%})"
+    yield f"training took {duration(summary.train_wall_s)} of worker time"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        left = column in TEXT_COLUMNS
+        table.add_column(column, justify="left" if left else "right", overflow="fold", no_wrap=column != "parameters")
+    return table
+
+
+def _nats(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value

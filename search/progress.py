@@ -1,0 +1,133 @@
+"""The live view of a running study on stderr: a picture in a terminal, one line a trial elsewhere."""
+
+import time
+from types import TracebackType
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from search.events import StudyEvents
+from search.ledger import EpochRow, TrialRow
+from search.results import ranked
+from search.spec import StudySpec
+
+REFRESH_PER_S = 4
+STATE_STYLE = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red"}
+
+
+class Progress(StudyEvents):
+    """Use as a context manager round `run_study`, and pass it as one of its events."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
+        self._trials = self._ended = self._ended_before = 0
+        self._best: TrialRow | None = None
+        self._running: dict[int, TrialRow] = {}
+        self._first_start: float | None = None
+        self._live: Live | None = None
+
+    def __enter__(self) -> "Progress":
+        if self.console.is_terminal:
+            self._live = Live(
+                get_renderable=self._picture, console=self.console, refresh_per_second=REFRESH_PER_S, transient=True
+            )
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def say(self, text: str) -> None:
+        """A line for people, above the picture if there is one."""
+        self.console.print(Text(text), soft_wrap=True)
+
+    def search_started(self, spec: StudySpec, rows: list[TrialRow]) -> None:
+        self._trials = spec.budget.trials
+        self._ended = self._ended_before = sum(row.state != "RUNNING" for row in rows)
+        self._best = next(iter(ranked(rows)), None)
+
+    def trial_started(self, row: TrialRow) -> None:
+        self._first_start = self._first_start or time.monotonic()
+        self._running[row.trial] = row
+
+    def epochs_done(self, row: TrialRow, epochs: list[EpochRow]) -> None:
+        self._running[row.trial] = row
+
+    def trial_ended(self, row: TrialRow) -> None:
+        self._running.pop(row.trial, None)
+        self._ended += 1
+        self._best = next(iter(ranked([row, *([self._best] if self._best else [])])), None)
+        if self._live is None:
+            best = f"; best {self._best.val_nelbo:.3f} (trial {self._best.trial})" if self._best else ""
+            self.say(f"[{self._ended}/{self._trials}] {trial_line(row)}{best}")
+
+    def _seconds_left(self) -> float | None:
+        done = self._ended - self._ended_before
+        if not done or self._first_start is None:
+            return None
+        under_way = sum(row.epochs / row.max_epochs for row in self._running.values())
+        return (time.monotonic() - self._first_start) / (done + under_way) * (self._trials - self._ended - under_way)
+
+    def _picture(self) -> RenderableType:
+        left = self._seconds_left()
+        head = Table.grid(padding=(0, 2))
+        head.add_row(
+            Text(f"{self._ended} of {self._trials} trials"),
+            ProgressBar(total=self._trials, completed=self._ended, width=min(30, self.console.width // 3)),
+            Text("" if left is None else f"about {duration(left)} left", style="dim"),
+        )
+        best = Text("best so far: ", style="bold")
+        if self._best is None:
+            best.append("none has trained to its last epoch yet", style="dim")
+        else:
+            best.append(f"{self._best.val_nelbo:.3f} nats", style="bold green")
+            best.append(f"  trial {self._best.trial}: {params_text(self._best)}")
+        running = Table.grid(padding=(0, 2))
+        for row in sorted(self._running.values(), key=lambda row: row.trial):
+            value = f"{row.val_nelbo:.3f}" if row.val_nelbo is not None else "starting"
+            running.add_row(
+                f"  trial {row.trial}",
+                f"epoch {row.epochs}/{row.max_epochs}",
+                value,
+                Text(params_text(row), style="dim"),
+            )
+        return Group(head, best, running)
+
+
+def trial_line(row: TrialRow) -> str:
+    """One line on a trial that has ended."""
+    value = f"{row.val_nelbo:.3f} nats" if row.val_nelbo is not None else "no value"
+    what = row.state if row.status == "ok" else f"{row.state} ({row.status})"
+    return f"trial {row.trial} {what} at epoch {row.epochs}/{row.max_epochs}: {value}, {params_text(row)}"
+
+
+def params_text(row: TrialRow) -> str:
+    """The parameters in the space of a line."""
+    return (
+        f"{activation_text(row)}, lr {row.learning_rate:.1e}, dropout {row.dropout:.2f}, "
+        f"latent {row.latent_dim}, hidden {hidden_text(row)}"
+    )
+
+
+def activation_text(row: TrialRow) -> str:
+    return row.activation if row.leaky_relu_slope is None else f"{row.activation}({row.leaky_relu_slope:.2g})"
+
+
+def hidden_text(row: TrialRow) -> str:
+    return "x".join(map(str, row.hidden_dims)) or "none"
+
+
+def duration(seconds: float) -> str:
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"

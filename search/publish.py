@@ -1,0 +1,125 @@
+"""Export of the best models: announced only after they were read back and gave their recorded value."""
+
+import io
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from search.checkpoints import CheckpointStore
+from search.ledger import TrialRow
+from search.results import CHECKPOINTS_FOLDER, MODELS_FOLDER, Study, ranked
+from vae import export
+from vae.config import InputError
+from vae.data import Dataset
+from vae.model import VAE
+from vae.objective import evaluate, fixed_noise
+
+TOLERANCE_NATS = 1e-4
+"""How far the value of a model read back may lie from the one in the ledger."""
+
+
+class ExportMismatch(RuntimeError):
+    """A model that was read back does not give the value in the ledger. It is not announced."""
+
+
+def publish_best(study: Study, data: Dataset) -> list[Path]:
+    """Export the study's best as `models/<rank>-trial-<n>/`, in place of what was exported before."""
+    target = study.path / MODELS_FOLDER
+    building, old = target.with_name("models.tmp"), target.with_name("models.old")
+    for leftover in (building, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    rows = [row for row in ranked(study.rows())[: study.spec.export.top] if _has_weights(study, row)]
+    folders = export_models(study, rows, data, building)
+    if target.exists():
+        target.rename(old)
+    if building.exists():
+        building.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+    return [target / folder.name for folder in folders]
+
+
+def export_best(study: Study, data: Dataset, top: int, to: Path) -> list[Path]:
+    """Export the best `top` into a folder of the user's. Raises InputError if fewer were kept."""
+    rows = ranked(study.rows())[:top]
+    kept = [row for row in rows if _has_weights(study, row)]
+    if not rows:
+        raise InputError(f"{study.path}: no trial has trained to its last epoch yet; nothing to export")
+    if len(kept) < len(rows):
+        raise InputError(
+            f"{study.path}: the weights of the best {len(kept)} were kept, not of the best {len(rows)}; "
+            f"use --top {len(kept)}, or search with export.top = {top}"
+        )
+    return export_models(study, rows, data, to)
+
+
+def export_models(study: Study, rows: list[TrialRow], data: Dataset, to: Path) -> list[Path]:
+    """Write, read back and check one folder a row, named after its rank in `rows`."""
+    folders = []
+    for rank, row in enumerate(rows, start=1):
+        folder = to / f"{rank}-trial-{row.trial}"
+        folder.mkdir(parents=True, exist_ok=True)
+        export.save(_weights(study, row, data), folder, config=_config(study, row, data), data=data)
+        check(folder, row, data)
+        folders.append(folder)
+    return folders
+
+
+def check(folder: Path, row: TrialRow, data: Dataset) -> None:
+    """Read a model back and hold its validation value against the ledger's. Raises ExportMismatch."""
+    model = export.load(folder)
+    x = torch.tensor(data.validation)
+    noise = fixed_noise(len(x), model.config.latent_dim, data.config.seed)
+    value = evaluate(model, x, noise).nelbo
+    assert row.val_nelbo is not None
+    if not abs(value - row.val_nelbo) <= TOLERANCE_NATS:
+        raise ExportMismatch(f"{folder}: gives {value:.5f} nats when read back, the ledger has {row.val_nelbo:.5f}")
+
+
+def _has_weights(study: Study, row: TrialRow) -> bool:
+    return row.trial in _store(study).trials() or row.trial in _exported(study)
+
+
+def _weights(study: Study, row: TrialRow, data: Dataset) -> VAE:
+    stored = _store(study).read(row.trial)
+    if stored is None:
+        return export.load(_exported(study)[row.trial])
+    model = VAE(study.spec.model_config_for(row.params, data.input_dim))
+    model.load_state_dict(torch.load(io.BytesIO(stored), weights_only=True, map_location="cpu")["trainer"]["model"])
+    return model.eval()
+
+
+def _store(study: Study) -> CheckpointStore:
+    return CheckpointStore(study.path / CHECKPOINTS_FOLDER)
+
+
+def _exported(study: Study) -> Mapping[int, Path]:
+    return {int(folder.name.rpartition("-")[2]): folder for folder in study.model_folders()}
+
+
+def _config(study: Study, row: TrialRow, data: Dataset) -> dict[str, Any]:
+    """What config.json says of a model beyond its architecture."""
+    spec = study.spec
+    metrics = ("val_nelbo", "val_recon", "val_kl", "active_units", "train_nelbo", "no_latent_nelbo", "epochs")
+    return {
+        "study": study.name,
+        "trial": row.trial,
+        "params": row.params,
+        "train": {**asdict(spec.train_config_for(row.params)), "seed": row.seed},
+        "metrics": {name: getattr(row, name) for name in metrics},
+        "data": {
+            # the folder of the idx files is this machine's affair
+            "config": {k: v for k, v in asdict(data.config).items() if k != "data_dir"},
+            "fingerprint": data.fingerprint,
+            "rows": {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)},
+            "image_shape": data.image_shape,
+            "columns": data.columns,
+            "scale_min": None if data.scale_min is None else data.scale_min.tolist(),
+            "scale_max": None if data.scale_max is None else data.scale_max.tolist(),
+        },
+        "versions": {name: version(name) for name in ("vaesearch", "torch", "numpy")},
+    }

@@ -1,0 +1,104 @@
+"""SQL over the Parquet of all studies of a storage folder: read-only, and able to reach nothing else."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.dataset as ds
+
+from search.ledger import SCHEMAS, part_files
+from search.results import Study, list_studies
+from vae.config import InputError
+
+TIME_LIMIT_S = 300.0
+STUDIES = pa.schema(
+    [
+        ("study", pa.string()),
+        ("goal", pa.string()),
+        ("seed", pa.int64()),
+        ("source", pa.string()),
+        ("data_fingerprint", pa.string()),
+        ("trials", pa.int32()),  # asked for
+        ("max_epochs", pa.int32()),
+        ("created_at", pa.timestamp("us", tz="UTC")),
+        ("path", pa.string()),
+    ]
+)
+
+
+class QueryFailed(InputError):
+    """The SQL is wrong, not allowed, or took too long. The text is duckdb's, or says what is allowed."""
+
+
+def query(sql: str, storage: Path, time_limit_s: float = TIME_LIMIT_S) -> pa.Table:
+    """The answer to one SELECT over the views `studies`, `trials` and `epochs`. Raises QueryFailed, InputError."""
+    studies = list_studies(storage)
+    if not studies:
+        raise InputError(f"{storage}: there is no study there; name the folder of your studies with --storage")
+    with _connection(studies) as connection:
+        _check_statement(sql)
+        timer = threading.Timer(time_limit_s, connection.interrupt)
+        timer.start()
+        try:
+            return connection.execute(sql).to_arrow_table()
+        except duckdb.InterruptException:
+            raise QueryFailed(f"the query took longer than {time_limit_s:g} s and was stopped") from None
+        except duckdb.Error as error:
+            raise QueryFailed(str(error).strip()) from None
+        finally:
+            timer.cancel()
+
+
+def _check_statement(sql: str) -> None:
+    try:
+        statements = duckdb.extract_statements(sql)
+    except duckdb.Error as error:
+        raise QueryFailed(str(error).strip()) from None
+    allowed = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN)
+    if len(statements) != 1 or statements[0].type not in allowed:
+        raise QueryFailed("one SELECT (or EXPLAIN) at a time: the results are read-only")
+
+
+@contextmanager
+def _connection(studies: list[Study]) -> Iterator[duckdb.DuckDBPyConnection]:
+    """An in-memory database that sees the views and, from then on, no file and no network."""
+    config: dict[str, str | bool | int | float | list[str]] = {
+        "autoinstall_known_extensions": "false",
+        "autoload_known_extensions": "false",
+        "temp_directory": "",
+    }
+    connection = duckdb.connect(":memory:", config=config)
+    try:
+        connection.register("studies", _studies_table(studies))
+        for table, schema in SCHEMAS.items():
+            # files by name: a half-written or stray one in the folder must not spoil every query
+            files = [str(file) for study in studies for file in part_files(study.path, table)]
+            connection.register(table, ds.dataset(files, schema=schema) if files else schema.empty_table())
+        connection.execute("SET enable_external_access = false")
+        connection.execute("SET lock_configuration = true")
+        yield connection
+    finally:
+        connection.close()
+
+
+def _studies_table(studies: list[Study]) -> pa.Table:
+    return pa.Table.from_pylist([_study_row(study) for study in studies], schema=STUDIES)
+
+
+def _study_row(study: Study) -> dict[str, Any]:
+    spec, provenance = study.spec, study.provenance
+    return {
+        "study": study.name,
+        "goal": spec.goal,
+        "seed": spec.seed,
+        "source": spec.data.source,
+        "data_fingerprint": provenance["data_fingerprint"],
+        "trials": spec.budget.trials,
+        "max_epochs": spec.budget.max_epochs,
+        "created_at": provenance["created_at"],
+        "path": str(study.path),
+    }

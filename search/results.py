@@ -1,0 +1,163 @@
+"""A study as it lies on disk: open it, rank it, sum it up. Reads only; light to import."""
+
+import tomllib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import tomli_w
+
+from search.ledger import TrialRow, read_table, read_trials, write_atomically
+from search.spec import StudySpec
+from vae.config import InputError
+
+STUDY_FILE = "study.toml"
+MODELS_FOLDER = "models"
+CHECKPOINTS_FOLDER = "checkpoints"
+
+
+@dataclass(frozen=True)
+class ActivationSummary:
+    """What was seen of one activation. Counts of trials; `best` is None if none healthy ran to its end."""
+
+    activation: str
+    trials: int
+    full: int
+    stopped: int
+    failed: int  # collapsed, diverged, out of memory or in error
+    best: TrialRow | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Where a study stands. `leaders` are the healthy trials with the full budget, best first."""
+
+    name: str
+    trials: int  # asked for
+    states: Mapping[str, int]  # RUNNING, COMPLETE, PRUNED, FAIL -> how many
+    statuses: Mapping[str, int]
+    leaders: list[TrialRow]
+    activations: list[ActivationSummary]  # best first
+    no_latent_nelbo: float | None
+    epochs_trained: int
+    epochs_saved: int  # by early stopping, against every such trial run to its end
+    train_wall_s: float  # summed over the trials
+
+    @property
+    def ended(self) -> int:
+        return sum(count for state, count in self.states.items() if state != "RUNNING")
+
+    @property
+    def is_complete(self) -> bool:
+        return self.ended >= self.trials
+
+    @property
+    def best(self) -> TrialRow | None:
+        return self.leaders[0] if self.leaders else None
+
+
+class Study:
+    """A stored study. Everything is read anew at each call, so it may be watched while it runs."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @cached_property
+    def _file(self) -> dict[str, Any]:
+        return tomllib.loads((self.path / STUDY_FILE).read_text(encoding="utf-8"))
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """When it was made, with which versions, on which data (fingerprint)."""
+        return dict(self._file["provenance"])
+
+    @property
+    def spec(self) -> StudySpec:
+        return StudySpec.model_validate({k: v for k, v in self._file.items() if k != "provenance"})
+
+    def trials(self) -> pa.Table:
+        """One row a trial; columns as in `search.ledger.TrialRow`."""
+        return read_table(self.path, "trials")
+
+    def epochs(self) -> pa.Table:
+        """One row a trial and epoch; columns as in `search.ledger.EpochRow`."""
+        return read_table(self.path, "epochs")
+
+    def rows(self) -> list[TrialRow]:
+        return read_trials(self.path)
+
+    def summary(self) -> Summary:
+        return summarise(self.name, self.spec.budget.trials, self.rows())
+
+    def model_folders(self) -> list[Path]:
+        """The exported models, best first."""
+        folders = (self.path / MODELS_FOLDER).glob("*-trial-*")
+        return sorted(folders, key=lambda folder: int(folder.name.split("-")[0]))
+
+
+def summarise(name: str, trials: int, rows: list[TrialRow]) -> Summary:
+    leaders = ranked(rows)
+    of_activation: dict[str, list[TrialRow]] = {}
+    leading = {row.trial for row in leaders}
+    for row in [*leaders, *(row for row in rows if row.trial not in leading)]:
+        of_activation.setdefault(row.activation, []).append(row)
+    baselines = [row.no_latent_nelbo for row in rows if row.no_latent_nelbo is not None]
+    stopped = [row for row in rows if row.state == "PRUNED" and row.status == "ok"]
+    return Summary(
+        name=name,
+        trials=trials,
+        states=Counter(row.state for row in rows),
+        statuses=Counter(row.status for row in rows if row.status is not None),
+        leaders=leaders,
+        activations=[_summarise_activation(name, its_rows) for name, its_rows in of_activation.items()],
+        no_latent_nelbo=baselines[0] if baselines else None,
+        epochs_trained=sum(row.epochs for row in rows),
+        epochs_saved=sum(row.max_epochs - row.epochs for row in stopped),
+        train_wall_s=sum(row.train_wall_s for row in rows),
+    )
+
+
+def _summarise_activation(activation: str, rows: list[TrialRow]) -> ActivationSummary:
+    leaders = ranked(rows)
+    return ActivationSummary(
+        activation=activation,
+        trials=len(rows),
+        full=len(leaders),
+        stopped=sum(row.state == "PRUNED" and row.status == "ok" for row in rows),
+        failed=sum(row.status not in (None, "ok") for row in rows),
+        best=leaders[0] if leaders else None,
+    )
+
+
+def ranked(rows: list[TrialRow]) -> list[TrialRow]:
+    """The trials that may be called best: healthy, with the full budget; lowest validation value first."""
+    full = [r for r in rows if r.state == "COMPLETE" and r.status == "ok" and r.val_nelbo is not None]
+    return sorted(full, key=lambda row: (row.val_nelbo, row.trial))
+
+
+def open_study(path: str | Path) -> Study:
+    """The study in a folder. Raises InputError if there is none."""
+    path = Path(path)
+    if not (path / STUDY_FILE).is_file():
+        others = [study.name for study in list_studies(path.parent)]
+        known = f"studies in {path.parent}: {', '.join(others)}" if others else f"there is none in {path.parent}"
+        raise InputError(f"{path}: no study there; {known}")
+    return Study(path)
+
+
+def list_studies(storage: Path) -> list[Study]:
+    """All studies of a storage folder, by name."""
+    return [Study(file.parent) for file in sorted(storage.glob(f"*/{STUDY_FILE}"))]
+
+
+def write_study_file(path: Path, spec: StudySpec, provenance: Mapping[str, Any]) -> None:
+    content = tomli_w.dumps({**spec.dump(), "provenance": dict(provenance)})
+    write_atomically(path / STUDY_FILE, content.encode())

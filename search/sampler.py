@@ -1,0 +1,258 @@
+"""`StudySearcher`: Ray Tune's side of `study.ask` and `study.tell`.
+
+Stock OptunaSearch tells a stopped trial as COMPLETE with its partial loss and leaves a NaN trial RUNNING.
+Here every result carries `final` and `status`, and what became of a trial decides what Optuna hears:
+
+    trained to the last epoch       COMPLETE with the validation value
+    stopped early                   its values so far, then PRUNED
+    collapsed                       COMPLETE, constraint violated
+    diverged, out of memory         a finite penalty, constraint violated, PRUNED
+    error, worker lost for good     FAIL
+
+The study lives in memory. It is rebuilt from the ledger, never unpickled, and suggestion n depends on the
+study's seed, on n and on the history alone.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from ray.tune.search import Searcher
+
+from search.events import StudyEvents
+from search.ledger import EpochRow, Ledger, TrialRow
+from search.space import Space
+from search.spec import Params, StudySpec
+
+CONSTRAINTS = ("collapsed", "diverged", "oom")
+"""Statuses the sampler learns to avoid; each is an Optuna constraint, violated at 1."""
+
+PENALTY_NATS = 1.0
+"""A trial that diverged is told as this much worse than a model that ignores its latents."""
+
+Curve = Mapping[int, float]
+"""Epoch -> validation value."""
+
+
+class StudySearcher(Searcher):
+    """Suggests until the study has `spec.budget.trials` trials, and writes the ledger as it goes."""
+
+    def __init__(
+        self,
+        spec: StudySpec,
+        ledger: Ledger,
+        rows: list[TrialRow],
+        curves: Mapping[int, Curve],
+        events: list[StudyEvents],
+    ) -> None:
+        super().__init__(metric="objective", mode="min")
+        self.spec, self.ledger, self.events = spec, ledger, events
+        self.space = Space(spec.space)
+        self.study = rebuild_study(spec, self.space, rows, curves)
+        self.failures: list[TrialRow] = []  # in a row, up to now
+        self._unfinished = {row.trial: row for row in rows if row.state == "RUNNING"}
+        self._next_number = len(rows)
+        self._live: dict[str, tuple[optuna.Trial, TrialRow]] = {}
+        self._last_loss: dict[str, str] = {}  # what took a trial's worker away, by Ray's id
+
+    @property
+    def gave_up(self) -> bool:
+        """True once too many trials have failed in a row."""
+        return len(self.failures) >= self.spec.budget.max_consecutive_failures
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        if self.gave_up or (not self._unfinished and self._next_number >= self.spec.budget.trials):
+            return Searcher.FINISHED  # type: ignore[return-value]  # Tune's own sentinel
+        before = None
+        if self._unfinished:
+            before = self._unfinished.pop(number := min(self._unfinished))
+        else:
+            number = self._next_number
+            self._next_number += 1
+        self.study.sampler = make_sampler(self.spec, number)
+        if number == 0 and before is None:
+            self.study.enqueue_trial(self.space.start())
+        trial = self.study.ask()
+        assert trial.number == number
+        params = self.space.suggest(trial)
+        row = before or self._new_row(number, params)
+        attempts_before, row = row.attempts, dataclasses.replace(row, attempts=row.attempts + 1)
+        self.ledger.start_trial(row)
+        self._live[trial_id] = (trial, row)
+        for listener in self.events:
+            listener.trial_started(row)
+        return {"trial": number, "attempts_before": attempts_before, "seed": row.seed, "params": params}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        self._take(trial_id, result)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        if trial_id not in self._live:
+            return
+        if result is not None and "epochs" in result and not error:
+            self._take(trial_id, result)
+            self._end(trial_id, outcome_of(result))
+        elif error:
+            reason = self._last_loss.get(trial_id, "its worker was lost")
+            self._end(trial_id, ("FAIL", "lost", f"{reason}, beyond {self.spec.budget.max_retries} retries"))
+        else:
+            self._live.pop(trial_id)  # the study was interrupted: the ledger's row stays RUNNING and goes on next time
+
+    def worker_lost(self, trial_id: str, reason: str) -> None:
+        """Tune is about to start the trial again, or to give it up if it was lost too often."""
+        self._last_loss[trial_id] = reason
+
+    def save(self, checkpoint_path: str) -> None:
+        """The ledger has it all."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """`Tuner.restore` is not used."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its searcher now and then, and we never read that back
+
+    def _new_row(self, number: int, params: Params) -> TrialRow:
+        model = self.spec.model_config_for(params, input_dim=1)
+        train = self.spec.train_config_for(params)
+        return TrialRow(
+            study=self.spec.name,
+            trial=number,
+            state="RUNNING",
+            activation=model.activation,
+            leaky_relu_slope=params.get("leaky_relu_slope"),
+            dropout=model.dropout,
+            learning_rate=train.learning_rate,
+            latent_dim=model.latent_dim,
+            hidden_dims=list(model.hidden_dims),
+            batch_size=train.batch_size,
+            seed=trial_seed(self.spec.seed, number),
+            max_epochs=train.max_epochs,
+            suggested_at=_now(),
+        )
+
+    def _take(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Write a result's epochs and tell Optuna of them."""
+        trial, row = self._live[trial_id]
+        now = _now()
+        new = self.ledger.add_epochs(
+            EpochRow(study=row.study, trial=row.trial, attempt=result["attempt"], reported_at=now, **epoch)
+            for epoch in result["epochs"]
+        )
+        told = trial.storage.get_trial(trial._trial_id).intermediate_values
+        for epoch in result["epochs"]:
+            if epoch["epoch"] not in told:
+                trial.report(epoch["val_nelbo"], epoch["epoch"])
+        row = updated_row(row, result)
+        self._live[trial_id] = (trial, row)
+        for listener in self.events:
+            listener.epochs_done(row, new)
+
+    def _end(self, trial_id: str, outcome: tuple[str, str, str | None]) -> None:
+        trial, row = self._live.pop(trial_id)
+        self._last_loss.pop(trial_id, None)
+        state, status, reason = outcome
+        objective: float | None
+        if status in ("diverged", "oom") and row.no_latent_nelbo is not None:
+            objective = row.no_latent_nelbo + PENALTY_NATS
+        else:
+            objective = row.val_nelbo if state == "COMPLETE" else None
+        row = dataclasses.replace(row, state=state, status=status, reason=reason, objective=objective, ended_at=_now())
+        self.ledger.end_trial(row)
+        for name, violation in constraints_of(row).items():
+            trial.set_constraint(name, violation)
+        if status in ("diverged", "oom") and objective is not None:
+            trial.report(objective, row.epochs + 1)
+        self.study.tell(trial, objective if state == "COMPLETE" else None, state=TrialState[state])
+        self.failures = [*self.failures, row] if state == "FAIL" else []
+        for listener in self.events:
+            listener.trial_ended(row)
+
+
+def outcome_of(result: Mapping[str, Any]) -> tuple[str, str, str | None]:
+    """Optuna's state, our status and the reason, from a trial's last result."""
+    status, reason = result["status"], result["reason"]
+    if status == "error":
+        return "FAIL", status, reason
+    if status in ("diverged", "oom") or not result["final"]:
+        return "PRUNED", status, reason
+    return "COMPLETE", status, reason
+
+
+def updated_row(row: TrialRow, result: Mapping[str, Any]) -> TrialRow:
+    """The row with what a result says; the figures are those of the last epoch."""
+    known = {
+        "attempts": result["attempt"],
+        "num_parameters": result["num_parameters"],
+        "no_latent_nelbo": result["no_latent_nelbo"],
+        "device": result["device"],
+        "host": result.get("hostname"),
+        "pid": result.get("pid"),
+        "train_wall_s": result["train_wall_s"],
+    }
+    if result["epochs"]:
+        last = result["epochs"][-1]
+        same = ("val_nelbo", "val_recon", "val_kl", "active_units", "train_nelbo", "samples_per_s")
+        known |= {name: last[name] for name in same} | {"epochs": last["epoch"]}
+    return dataclasses.replace(row, **known)
+
+
+def constraints_of(row: TrialRow) -> dict[str, float]:
+    return {name: float(row.status == name) for name in CONSTRAINTS}
+
+
+def make_sampler(spec: StudySpec, number: int) -> optuna.samplers.BaseSampler:
+    """The sampler of suggestion `number`. A new one each time: a sampler's own state would not survive a crash."""
+    seed = int(np.random.SeedSequence([spec.seed, number]).generate_state(1)[0])
+    startup = spec.sampler.startup_trials
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if spec.sampler.kind == "tpe":
+            # group: without it the conditional slope falls out of the joint model and is drawn on its own
+            return optuna.samplers.TPESampler(
+                n_startup_trials=startup, multivariate=True, group=True, constant_liar=True, seed=seed
+            )
+        if spec.sampler.kind == "gp":
+            return optuna.samplers.GPSampler(n_startup_trials=startup, seed=seed)
+        return optuna.samplers.RandomSampler(seed=seed)
+
+
+def rebuild_study(spec: StudySpec, space: Space, rows: list[TrialRow], curves: Mapping[int, Curve]) -> optuna.Study:
+    """The Optuna study as the ledger tells it. Unfinished trials wait, with their number and parameters."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(direction="minimize", sampler=make_sampler(spec, 0))
+    for row in rows:
+        study.add_trial(frozen_trial(space, row, curves.get(row.trial, {})))
+    return study
+
+
+def frozen_trial(space: Space, row: TrialRow, curve: Curve) -> FrozenTrial:
+    """A ledger row as Optuna's trial, equal to what the study held when it was written."""
+    params, distributions = space.chosen(row.params)
+    if row.state == "RUNNING":
+        return create_trial(state=TrialState.WAITING, system_attrs={"fixed_params": params})
+    values = dict(curve)
+    if row.status in ("diverged", "oom") and row.objective is not None:
+        values[row.epochs + 1] = row.objective
+    pruned_at = values[max(values)] if values else None
+    return create_trial(
+        state=TrialState[row.state],
+        value=row.objective if row.state == "COMPLETE" else pruned_at if row.state == "PRUNED" else None,
+        params=params,
+        distributions=distributions,
+        intermediate_values=values,
+        constraints=constraints_of(row),
+    )
+
+
+def trial_seed(study_seed: int, number: int) -> int:
+    """The seed of a trial: of its initial weights, its order of rows and its noise."""
+    return int(np.random.SeedSequence([study_seed, number, 1]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)

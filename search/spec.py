@@ -1,0 +1,486 @@
+"""The study file: what is searched, on which data, with which budget. Checked here, once; light to import."""
+
+import difflib
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
+from pydantic import model_validator as pydantic_model_validator
+
+from vae.config import (
+    ActivationName,
+    Binarize,
+    DataConfig,
+    InputError,
+    LikelihoodName,
+    LrSchedule,
+    ModelConfig,
+    Scale,
+    TrainConfig,
+)
+
+Params = dict[str, Any]
+"""One draw from the space: parameter name -> value, conditional parameters only where they apply."""
+
+KNOWN_SOURCES = ("digits", "mnist", "fashion-mnist")
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+MAX_ERRORS_SHOWN = 3
+FOLLOWING = ("name", "kl_warmup_epochs", "grace_epochs")
+"""Keys whose defaults follow others: a study file to start from leaves them commented out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """An interval of the space, both ends included; `log` draws uniformly in the logarithm."""
+
+    low: float
+    high: float
+    log: bool = False
+
+
+Entry = Any
+"""A parameter of the space: a value fixes it, a tuple enumerates it, a `Range` ranges over it."""
+
+
+def _number(value: object, kind: type, name: str) -> float | int:
+    """A number of the wanted kind; text is allowed because YAML reads 1e-4 as text."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            raise ValueError(f"{name} must be a number, got {value!r}") from None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    if kind is int and float(value) != int(value):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    return kind(value)
+
+
+def _numeric_entry(kind: type, low: float, high: float, *, open_low: bool = False) -> Any:
+    """The type of a space entry whose values lie in [low, high], or (low, high] with `open_low`."""
+
+    def check(value: object, name: str = "value") -> float | int:
+        number = _number(value, kind, name)
+        if not (low < number if open_low else low <= number) or not number <= high:
+            raise ValueError(f"{name} = {number:g} must lie in {'(' if open_low else '['}{low:g}, {high:g}]")
+        return number
+
+    def parse(value: object) -> Entry:
+        if isinstance(value, Range):
+            value = asdict(value)
+        if isinstance(value, Mapping):
+            return _parse_range(value, check)
+        if isinstance(value, list | tuple):
+            return _parse_list([check(v) for v in value])
+        return check(value)
+
+    return Annotated[Entry, PlainValidator(parse), PlainSerializer(_dump_entry)]
+
+
+def _parse_range(value: Mapping[str, object], check: Callable[[object, str], float | int]) -> Range:
+    unknown = set(value) - {"low", "high", "log"}
+    if unknown:
+        raise ValueError(f"a range has low, high and log, not {', '.join(sorted(unknown))}")
+    if not {"low", "high"} <= set(value):
+        raise ValueError("a range needs both low and high")
+    low, high, log = check(value["low"], "low"), check(value["high"], "high"), value.get("log", False)
+    if not isinstance(log, bool):
+        raise ValueError(f"log must be true or false, got {log!r}")
+    if low >= high:
+        raise ValueError(f"the range is empty: low = {low:g} must be below high = {high:g}")
+    if log and low <= 0:
+        raise ValueError(f"a logarithmic range must start above 0, not at {low:g}")
+    return Range(low, high, log)
+
+
+def _parse_list(values: list) -> tuple:
+    if not values:
+        raise ValueError("the list is empty; name at least one value")
+    if len(set(values)) != len(values):
+        raise ValueError("a value stands twice in the list")
+    return tuple(values)
+
+
+def _parse_activation(value: object) -> Entry:
+    def check(name: object) -> str:
+        known = get_args(ActivationName)
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            raise ValueError(f"unknown activation {name!r}; {hint}")
+        return str(name)
+
+    return _parse_list([check(v) for v in value]) if isinstance(value, list | tuple) else check(value)
+
+
+def _dump_entry(entry: Entry) -> object:
+    if isinstance(entry, Range):
+        return asdict(entry)
+    return list(entry) if isinstance(entry, tuple) else entry
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+
+class DataSpec(_Section):
+    source: str = Field(
+        "digits", description="digits | mnist | fashion-mnist | a path to .npy, .npz, .csv, .parquet", min_length=1
+    )
+    data_dir: str | None = Field(None, description="folder with the idx files of mnist or fashion-mnist")
+    key: str | None = Field(None, description="which array of a .npz file")
+    columns: tuple[str, ...] | None = Field(None, description="which columns of a .csv or .parquet file")
+    image_shape: tuple[int, ...] | None = Field(None, description="[height, width] of flat rows that are images")
+    scale: Scale = Field("auto", description="auto (8-bit integers / 255, floats as they are) | none | minmax")
+    binarize: Binarize = Field(
+        "dynamic", description="none | threshold (at 0.5) | static (drawn once) | dynamic (drawn every batch)"
+    )
+    validation_fraction: float = Field(0.1, gt=0, lt=1, description="share of the rows the search is judged on")
+    test_fraction: float = Field(0.1, gt=0, lt=1, description="share kept aside; unused by mnist, which has its own")
+
+
+class ModelSpec(_Section):
+    hidden_dims: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (128, 128), description="widths of the encoder's hidden layers; the decoder mirrors them"
+    )
+    likelihood: LikelihoodName = Field("bernoulli", description="p(x|z)")
+    avg_pool_window: int = Field(3, ge=1, description="features, odd; only for activation = avg_pool")
+    activation_dropout: float = Field(0.2, ge=0, lt=1, description="rate; only for activation = dropout")
+
+
+class TrainSpec(_Section):
+    batch_size: int = Field(64, ge=1, description="rows")
+    lr_schedule: LrSchedule = Field("cosine", description="constant | cosine | warmup_cosine, over max_epochs")
+    beta: float = Field(1.0, ge=0, description="weight of the KL term; results are always at 1")
+    kl_warmup_epochs: int = Field(
+        5, ge=0, description="epochs over which the KL weight rises to beta; unset: at most max_epochs / 6"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="decoupled, per step; never on biases and learned slopes")
+    clip_grad_norm: float = Field(100.0, gt=0, description="global gradient norm beyond which a step is scaled down")
+
+
+class SpaceSpec(_Section):
+    activation: Annotated[Entry, PlainValidator(_parse_activation), PlainSerializer(_dump_entry)] = Field(
+        ("relu", "leaky_relu", "prelu", "tanh", "sigmoid", "elu", "silu", "gelu"),
+        description="any of " + ", ".join(get_args(ActivationName)),
+    )
+    leaky_relu_slope: _numeric_entry(float, 0, 1) = Field(  # type: ignore[valid-type]
+        Range(0.001, 0.5, log=True), description="slope below zero; only where activation = leaky_relu"
+    )
+    dropout: _numeric_entry(float, 0, 0.95) = Field(  # type: ignore[valid-type]
+        Range(0.0, 0.5), description="rate after every hidden activation"
+    )
+    learning_rate: _numeric_entry(float, 0, 10, open_low=True) = Field(  # type: ignore[valid-type]
+        Range(1e-4, 1e-2, log=True), description="of Adam; its peak, where the schedule varies it"
+    )
+    latent_dim: _numeric_entry(int, 1, 4096) = Field(  # type: ignore[valid-type]
+        Range(2, 64, log=True), description="dimensions of z"
+    )
+    hidden_width: _numeric_entry(int, 1, 65536) | None = Field(  # type: ignore[valid-type]
+        None, description="one width for all hidden layers, instead of model.hidden_dims"
+    )
+    hidden_layers: _numeric_entry(int, 1, 64) | None = Field(  # type: ignore[valid-type]
+        None, description="number of hidden layers, instead of model.hidden_dims"
+    )
+    batch_size: _numeric_entry(int, 1, 65536) | None = Field(  # type: ignore[valid-type]
+        None, description="rows, instead of train.batch_size"
+    )
+
+
+class BudgetSpec(_Section):
+    trials: int = Field(24, ge=1, description="configurations to try")
+    max_epochs: int = Field(60, ge=1, description="epochs of a trial that is not stopped early")
+    max_retries: int = Field(3, ge=0, description="times a trial is started again after its worker was lost")
+    max_consecutive_failures: int = Field(5, ge=1, description="failed trials in a row after which the study stops")
+
+
+class SamplerSpec(_Section):
+    kind: Literal["tpe", "random", "gp"] = Field("tpe", description="tpe | random | gp")
+    startup_trials: int = Field(10, ge=1, description="random trials before tpe or gp models anything")
+
+
+class SchedulerSpec(_Section):
+    kind: Literal["asha", "none"] = Field("asha", description="asha (stops poor trials early) | none")
+    grace_epochs: int = Field(3, ge=1, description="epochs after the KL warm-up before a trial may be stopped")
+    reduction_factor: float = Field(3, gt=1, description="one in this many goes on at each rung")
+
+
+class ExportSpec(_Section):
+    top: int = Field(3, ge=0, description="best models that are kept and exported")
+
+
+class ResourcesSpec(_Section):
+    cpus_per_trial: int = Field(1, ge=1, description="cores, and torch's threads")
+    gpus_per_trial: float = Field(0, ge=0, description="0, a share such as 0.25, or a whole number")
+    concurrency: int | Literal["auto"] = Field("auto", description="trials at once; auto: as many as fit")
+
+    @pydantic_model_validator(mode="after")
+    def _check(self) -> "ResourcesSpec":
+        if self.gpus_per_trial > 1 and self.gpus_per_trial != int(self.gpus_per_trial):
+            raise ValueError("gpus_per_trial beyond 1 must be a whole number")
+        if self.concurrency != "auto" and self.concurrency < 1:
+            raise ValueError("concurrency must be at least 1")
+        return self
+
+
+class StorageSpec(_Section):
+    path: str = Field("studies", min_length=1, description="the folder that holds the studies' folders")
+
+
+class StudySpec(_Section):
+    """A whole study, every default filled in. Built from a file with `load`, or from keywords in Python."""
+
+    name: str = Field("", description="the study's folder; by default named after the data")
+    goal: Literal["best-model"] = Field("best-model", description="best-model")
+    seed: int = Field(0, ge=0, description="of the split, the suggestions and every trial")
+    data: DataSpec = DataSpec()
+    model: ModelSpec = ModelSpec()
+    train: TrainSpec = TrainSpec()
+    space: SpaceSpec = SpaceSpec()
+    budget: BudgetSpec = BudgetSpec()
+    sampler: SamplerSpec = SamplerSpec()
+    scheduler: SchedulerSpec = SchedulerSpec()
+    export: ExportSpec = ExportSpec()
+    resources: ResourcesSpec = ResourcesSpec()
+    storage: StorageSpec = StorageSpec()
+
+    @pydantic_model_validator(mode="before")
+    @classmethod
+    def _fill_defaults_that_depend(cls, values: Any) -> Any:
+        """The name follows the data; warm-up and grace shrink with a short budget, unless they were given."""
+        if not isinstance(values, dict):
+            return values
+        source = _given(values, "data", "source", "digits")
+        max_epochs = _given(values, "budget", "max_epochs", 60)
+        if not isinstance(max_epochs, int) or max_epochs < 1:
+            return values  # the error comes from the field itself
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(str(source)).stem).strip("-._")
+        filled: dict[str, Any] = {**values, "name": values.get("name") or stem or "study"}
+        following: tuple[tuple[str, str, object], ...] = (
+            ("train", "kl_warmup_epochs", min(5, max_epochs // 6)),
+            ("scheduler", "grace_epochs", min(3, max_epochs)),
+        )
+        for section, key, default in following:
+            given: Any = filled.get(section) or {}
+            known = given.model_dump(exclude_unset=True) if isinstance(given, BaseModel) else given
+            if isinstance(known, Mapping) and key not in known:
+                filled[section] = {**known, key: default}
+        return filled
+
+    @pydantic_model_validator(mode="after")
+    def _check_across_sections(self) -> "StudySpec":
+        if not NAME_PATTERN.fullmatch(self.name):
+            raise ValueError(f"name = {self.name!r}: letters, digits, '.', '_' and '-' only, a letter or digit first")
+        if self.scheduler.kind == "asha" and self.scheduler.grace_epochs > self.budget.max_epochs:
+            raise ValueError(
+                f"scheduler.grace_epochs = {self.scheduler.grace_epochs} "
+                f"must lie in 1..budget.max_epochs = {self.budget.max_epochs}"
+            )
+        try:  # the owners of these rules are the configs themselves
+            self.data_config()
+            ModelConfig(
+                input_dim=1,
+                avg_pool_window=self.model.avg_pool_window,
+                activation_dropout=self.model.activation_dropout,
+            )
+        except ValueError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    @classmethod
+    def load(cls, path: Path | None = None, overrides: Mapping[str, object] | None = None) -> "StudySpec":
+        """Read a TOML or YAML study file (none: all defaults), then set the dotted keys of `overrides`.
+
+        Raises InputError that names the file or the key, and what would do.
+        """
+        values = read_study_file(path) if path is not None else {}
+        overrides = dict(overrides or {})
+        for key, value in overrides.items():
+            _set_dotted(values, key, value)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            where = str(path) if path is not None else "study"
+            raise InputError("\n".join(_explain(error, where, overrides))) from None
+
+    def data_config(self) -> DataConfig:
+        return DataConfig(**self.data.model_dump(), seed=self.seed)
+
+    def model_config_for(self, params: Params, input_dim: int) -> ModelConfig:
+        """The architecture of a trial: the model section with the trial's own parameters over it."""
+        hidden = list(self.model.hidden_dims)
+        if "hidden_width" in params or "hidden_layers" in params:
+            width = params.get("hidden_width", hidden[0] if hidden else 128)
+            hidden = [width] * params.get("hidden_layers", len(hidden) or 1)
+        own = {k: params[k] for k in ("activation", "leaky_relu_slope", "dropout", "latent_dim") if k in params}
+        fixed = self.model.model_dump(exclude={"hidden_dims"})
+        return ModelConfig(input_dim=input_dim, hidden_dims=tuple(hidden), **fixed, **own)
+
+    def train_config_for(self, params: Params) -> TrainConfig:
+        own = {k: params[k] for k in ("learning_rate", "batch_size") if k in params}
+        return TrainConfig(**{**self.train.model_dump(), "max_epochs": self.budget.max_epochs, **own})
+
+    def rungs(self) -> list[int]:
+        """The epochs at which a trial may be stopped and its state is stored, ascending: warm-up + grace * factor^k.
+
+        They count from the end of the KL warm-up. While the KL is not yet weighed in training, the lowest
+        value at beta = 1 is that of a model whose latents have collapsed, and early stopping would select it.
+        """
+        rungs: list[int] = []
+        grace = float(self.scheduler.grace_epochs)
+        while (rung := self.train.kl_warmup_epochs + int(grace)) < self.budget.max_epochs:
+            if rung not in rungs:
+                rungs.append(rung)
+            grace *= self.scheduler.reduction_factor
+        return rungs
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two specs the same study, as dotted keys: all but where and how fast it is run."""
+        dump = self.model_dump(mode="json", exclude={"name", "storage", "resources", "export"})
+        dump["data"].pop("data_dir")
+        return dict(_flatten(dump))
+
+    def dump(self) -> dict[str, Any]:
+        """Plain nested values, without the keys that are None, which TOML cannot say."""
+        return _without_none(self.model_dump(mode="json"))
+
+
+def read_study_file(path: Path) -> dict[str, Any]:
+    """The keys of a TOML or YAML file. `[provenance]`, which a stored study.toml carries, is left out."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; `vaesearch init > {path}` writes one to start from") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    try:
+        if path.suffix.lower() in {".yaml", ".yml"}:
+            import yaml
+
+            values = yaml.safe_load(text) or {}
+        else:
+            values = tomllib.loads(text)
+    except Exception as error:  # yaml and tomllib raise unrelated types
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: not valid {'YAML' if path.suffix != '.toml' else 'TOML'}: {reason}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected keys and values, got a {type(values).__name__}")
+    values.pop("provenance", None)
+    return values
+
+
+def parse_value(text: str) -> object:
+    """The value of `--set key=value`: read as TOML, else taken as text."""
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def spec_diff(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
+    """The lines that tell two `identity` mappings apart."""
+    keys = [k for k in {**old, **new} if old.get(k) != new.get(k)]
+    return [f"{key}: {old.get(key, 'unset')} -> {new.get(key, 'unset')}" for key in keys]
+
+
+def commented_study_file() -> str:
+    """A study file with every key at its default, each with its unit and choices."""
+    lines = ["# A study for `vaesearch run THIS_FILE`. Every key is at its default; delete what you do not need."]
+    lines += _commented_keys(StudySpec(), skip_sections=True)
+    for section_name, section in StudySpec():
+        if isinstance(section, BaseModel):
+            lines += ["", f"[{section_name}]"]
+            if section_name == "space":
+                lines.append("# A value fixes a parameter, a list enumerates it, {low, high, log} ranges over it.")
+            lines += _commented_keys(section)
+    return "\n".join(lines) + "\n"
+
+
+def _commented_keys(section: BaseModel, skip_sections: bool = False) -> Iterator[str]:
+    for key, field in type(section).model_fields.items():
+        if skip_sections and isinstance(getattr(section, key), BaseModel):
+            continue
+        value = section.model_dump(mode="json")[key]
+        line = f"# {key} =" if value is None else f"{key} = {_toml_inline(value)}"
+        if key in FOLLOWING:
+            line = f"# {line}"
+        yield f"{line}  # {field.description}" if len(line) < 60 else f"# {field.description}\n{line}"
+
+
+def _toml_inline(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml_inline, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k} = {_toml_inline(v)}" for k, v in value.items()) + "}"
+    return repr(value)
+
+
+def _given(values: Mapping[str, Any], section: str, key: str, default: object) -> object:
+    found = values.get(section, {})
+    if isinstance(found, BaseModel):
+        return getattr(found, key)
+    return found.get(key, default) if isinstance(found, Mapping) else default
+
+
+def _set_dotted(values: dict[str, Any], dotted: str, value: object) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise InputError(f"{dotted}: {parent} is a value, not a section")
+    values[last] = value
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and not {"low", "high"} <= set(value):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return value
+
+
+def _explain(error: ValidationError, where: str, overrides: Mapping[str, object]) -> Iterator[str]:
+    """One line an error: where, what, and what would do."""
+    errors = error.errors(include_url=False)
+    for detail in errors[:MAX_ERRORS_SHOWN]:
+        path = [str(part) for part in detail["loc"]]
+        key = ".".join(path)
+        origin = f"--set {key}" if any(key == k or key.startswith(f"{k}.") for k in overrides) else where
+        prefix = f"{origin}: {key}" if key and origin == where else origin
+        if detail["type"] == "extra_forbidden":
+            yield f"{prefix}: unknown key; {_nearest_key(path)}"
+            continue
+        message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        shown = detail.get("input")
+        tells_value = detail["type"] == "value_error" or not isinstance(shown, str | int | float | bool)
+        yield f"{prefix}: {message}" if tells_value else f"{prefix} = {shown!r} {message}"
+    if len(errors) > MAX_ERRORS_SHOWN:
+        yield f"... and {len(errors) - MAX_ERRORS_SHOWN} more"
+
+
+def _nearest_key(path: list[str]) -> str:
+    section: type[BaseModel] | None = StudySpec
+    for part in path[:-1]:
+        field = section.model_fields.get(part) if section else None
+        section = type(field.default) if field and isinstance(field.default, BaseModel) else None
+    known = list(section.model_fields) if section else []
+    scores = {k: difflib.SequenceMatcher(None, path[-1], k).ratio() for k in known}
+    parts = {k: max(difflib.SequenceMatcher(None, w, k).ratio() for w in path[-1].split("_")) for k in known}
+    near = max(known, key=lambda k: max(scores[k], parts[k]), default=None)
+    if near is not None and max(scores[near], parts[near]) >= 0.6:
+        return f"did you mean {near}?"
+    return f"known here: {', '.join(known)}"

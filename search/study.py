@@ -1,0 +1,372 @@
+"""`run_study`: wires data, ledger, sampler, early stopping and Ray Tune together. Run and resume are one function."""
+
+import contextlib
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from cluster.resources import PlacementError, fitting_trials
+from cluster.runtime import environment, ray_runtime
+from search.checkpoints import CheckpointStore
+from search.early_stopping import Asha
+from search.events import StudyEvents
+from search.lease import Lease
+from search.ledger import Ledger, TrialRow
+from search.results import CHECKPOINTS_FOLDER, STUDY_FILE, Study, ranked, write_study_file
+from search.space import Space
+from search.spec import StudySpec, spec_diff
+from vae.config import InputError
+from vae.data import Dataset, load_data
+
+if TYPE_CHECKING:
+    from search.sampler import Curve, StudySearcher
+
+TUNE_ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the ledger is the record
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's returns normally after Ctrl-C
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",  # its snapshots are never read
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000000",
+    "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0: not a word on stdout
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+LOGGED_VERSIONS = ("vaesearch", "ray", "torch", "optuna", "numpy", "pyarrow")
+
+
+class StudyFailed(RuntimeError):
+    """Too many trials failed in a row. The text shows the first of them."""
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM came, and everything is on disk."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+def run_study(
+    spec: StudySpec,
+    *,
+    address: str | None = None,
+    extend: int = 0,
+    events: Sequence[StudyEvents] = (),
+    say: Callable[[str], None] = lambda text: None,
+) -> Study:
+    """Start a study, or go on with it where its ledger stands, and export its best models.
+
+    address: a Ray cluster to join; None: a private Ray on this machine. extend: trials beyond those the
+    stored study asks for. events: who hears of trials. say: takes the few lines meant for people.
+    Raises InputError before anything is written; StudyFailed; Interrupted.
+    """
+    data = load_data(spec.data_config())
+    _check_batches(spec, data)
+    path = Path(spec.storage.path) / spec.name
+    stored = Study(path) if (path / STUDY_FILE).is_file() else None
+    if stored is not None:
+        spec = _same_study(spec, stored, data, extend)
+        if stored.summary().ended >= spec.budget.trials and not (path / CHECKPOINTS_FOLDER).exists():
+            return stored
+    elif extend:
+        raise InputError(f"{path}: there is no study to extend; set budget.trials instead")
+    _check_writable(Path(spec.storage.path))
+    lease = Lease(path)
+    lease.check()
+    if Space(spec.space).is_fixed:
+        say("the space leaves nothing to choose: every trial is the same configuration with another seed")
+    with ray_runtime(address, data_bytes=data.nbytes) as runtime:
+        try:
+            concurrency = fitting_trials(
+                runtime,
+                cpus_per_trial=spec.resources.cpus_per_trial,
+                gpus_per_trial=spec.resources.gpus_per_trial,
+                wanted=None if spec.resources.concurrency == "auto" else spec.resources.concurrency,
+            )
+        except PlacementError as error:
+            raise InputError(str(error)) from None
+        with _interrupts() as interrupts, _held(lease):
+            if stored is None or spec != stored.spec:
+                write_study_file(path, spec, _provenance(spec, data, stored))
+            _search(spec, data, path, concurrency, lease, interrupts, events, say)
+    study = Study(path)
+    with _held(lease):
+        from search.publish import publish_best  # torch: only now, so that trials start sooner
+
+        publish_best(study, data)
+        CheckpointStore(path / CHECKPOINTS_FOLDER).clear()
+    return study
+
+
+def _search(
+    spec: StudySpec,
+    data: Dataset,
+    path: Path,
+    concurrency: int,
+    lease: Lease,
+    interrupts: "_Interrupts",
+    events: Sequence[StudyEvents],
+    say: Callable[[str], None],
+) -> None:
+    """Run what is missing of a study through Tune."""
+    from search.sampler import StudySearcher
+
+    study = Study(path)
+    rows = study.rows()
+    curves = _curves(study)
+    ledger = Ledger(path)
+    store = CheckpointStore(path / CHECKPOINTS_FOLDER)
+    best = _best_models_keeper(store, spec.export.top, rows)
+    searcher = StudySearcher(spec, ledger, rows, curves, [best, *events])
+    missing = spec.budget.trials - sum(row.state != "RUNNING" for row in rows)
+    if missing <= 0:
+        return
+    concurrency = min(concurrency, missing)
+    say(_opening_line(spec, data, rows, concurrency))
+    for listener in events:
+        listener.search_started(spec, rows)
+
+    def on_step() -> None:
+        ledger.tick()
+        lease.heartbeat()
+        interrupts.raise_if_pending()
+
+    try:
+        _fit(spec, data, store, searcher, _rebuilt_asha(spec, curves), concurrency, on_step)
+    finally:
+        ledger.flush()
+    if searcher.gave_up:
+        first = searcher.failures[0]
+        raise StudyFailed(
+            f"{path}: {len(searcher.failures)} trials failed in a row; the first, trial {first.trial}, with:\n"
+            f"{first.reason}"
+        )
+
+
+def _fit(
+    spec: StudySpec,
+    data: Dataset,
+    store: CheckpointStore,
+    searcher: "StudySearcher",
+    asha: Asha | None,
+    concurrency: int,
+    on_step: Callable[[], None],
+) -> None:
+    """The one place that knows Ray Tune's controller."""
+    import ray
+    from ray import tune
+    from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from search.trial import VaeTrial
+
+    class AshaScheduler(FIFOScheduler):
+        def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+            if asha is None or asha.may_go_on(trial.config["trial"], result["epoch"], result["objective"]):
+                return TrialScheduler.CONTINUE
+            return TrialScheduler.STOP
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {}
+
+    class StepCallback(tune.Callback):
+        def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+            on_step()
+
+        def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            searcher.worker_lost(trial.trial_id, _one_line(trial.get_error()))
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {}
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    store_actor = ray.remote(CheckpointStore).options(num_cpus=0, scheduling_strategy=here).remote(store.folder)
+    resources = {"cpu": spec.resources.cpus_per_trial, "gpu": spec.resources.gpus_per_trial}
+    trainable = tune.with_parameters(VaeTrial, spec=spec, data=data, store=store_actor)
+    with environment(TUNE_ENVIRONMENT), tempfile.TemporaryDirectory(prefix="vaesearch-") as scratch:
+        tune.Tuner(
+            tune.with_resources(trainable, resources),
+            tune_config=tune.TuneConfig(
+                metric="objective",
+                mode="min",
+                search_alg=searcher,
+                scheduler=AshaScheduler(),
+                num_samples=-1,
+                max_concurrent_trials=concurrency,  # without it Tune keeps one trial pending at a time
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(
+                name=spec.name,
+                storage_path=scratch,
+                callbacks=[StepCallback()],
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # ours go to the store
+                failure_config=tune.FailureConfig(max_failures=spec.budget.max_retries),
+                verbose=0,
+            ),
+        ).fit()
+
+
+def _best_models_keeper(store: CheckpointStore, top: int, rows: list[TrialRow]) -> StudyEvents:
+    """Keeps the stored state of the best trials and of the unfinished ones, and drops the rest."""
+    kept = ranked(rows)[:top]
+    needed = {row.trial for row in kept} | {row.trial for row in rows if row.state == "RUNNING"}
+    for trial in store.trials():
+        if trial not in needed:
+            store.drop(trial)
+
+    class BestModels(StudyEvents):
+        def trial_ended(self, row: TrialRow) -> None:
+            nonlocal kept
+            candidates = {r.trial for r in kept} | {row.trial}
+            kept = ranked([*kept, row])[:top]
+            for trial in candidates - {r.trial for r in kept}:
+                store.drop(trial)
+
+    return BestModels()
+
+
+def _curves(study: Study) -> Mapping[int, "Curve"]:
+    """trial -> epoch -> validation value, in the order in which they were reported."""
+    curves: dict[int, dict[int, float]] = {}
+    table = study.epochs().sort_by("reported_at")
+    columns = (table[name].to_pylist() for name in ("trial", "epoch", "val_nelbo"))
+    for trial, epoch, value in zip(*columns, strict=True):
+        curves.setdefault(trial, {})[epoch] = value
+    return curves
+
+
+def _rebuilt_asha(spec: StudySpec, curves: Mapping[int, "Curve"]) -> Asha | None:
+    """The scheduler as it stood: every value that the ledger has at a rung."""
+    if spec.scheduler.kind == "none":
+        return None
+    rungs = spec.rungs()
+    asha = Asha(rungs, spec.scheduler.reduction_factor)
+    for trial, curve in curves.items():
+        for rung in rungs:
+            if rung in curve:
+                asha.may_go_on(trial, rung, curve[rung])
+    return asha
+
+
+def _one_line(error: BaseException | None) -> str:
+    lines = [line.strip() for line in str(error or "its worker was lost").splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _check_batches(spec: StudySpec, data: Dataset) -> None:
+    entry = spec.space.batch_size if spec.space.batch_size is not None else spec.train.batch_size
+    key = "space.batch_size" if spec.space.batch_size is not None else "train.batch_size"
+    largest = entry.high if hasattr(entry, "high") else max(entry) if isinstance(entry, tuple) else entry
+    if largest > len(data.train):
+        raise InputError(
+            f"{data.config.source}: {len(data.train)} rows to train on are fewer than a batch; "
+            f"set {key} = {len(data.train)} or lower, or bring more rows"
+        )
+
+
+def _same_study(spec: StudySpec, stored: Study, data: Dataset, extend: int) -> StudySpec:
+    """The spec to go on with. Raises InputError with a diff if what is asked for is another study."""
+    old = stored.spec
+    fingerprint = stored.provenance["data_fingerprint"]
+    if fingerprint != data.fingerprint:
+        raise InputError(
+            f"{stored.path}: the study was made on other data (SHA-256 {fingerprint[:12]}..., "
+            f"now {data.fingerprint[:12]}...); bring those back or use another --name"
+        )
+    before, after = old.identity(), spec.identity()
+    asked = after["budget.trials"]
+    if asked in (stored.provenance["trials_at_first"], before["budget.trials"]):
+        after["budget.trials"] = before["budget.trials"]  # the command that began it, also after an extension
+    if diff := spec_diff(before, after):
+        raise InputError(
+            f"{stored.path}: the study there is another one: {'; '.join(diff)}\n"
+            f"use another --name, or --extend N for more trials of the same"
+        )
+    if extend and stored.summary().ended < old.budget.trials:
+        raise InputError(f"{stored.path}: not complete yet; run it without --extend first")
+    budget = old.budget.model_copy(update={"trials": old.budget.trials + extend})
+    return spec.model_copy(update={"budget": budget})
+
+
+def _check_writable(storage: Path) -> None:
+    """Raises InputError if the storage folder could not be made or written. Leaves nothing there."""
+    folder = storage.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{storage}: cannot be written: {error.strerror}; name another folder with --storage"
+        ) from None
+
+
+def _provenance(spec: StudySpec, data: Dataset, stored: Study | None) -> dict[str, Any]:
+    if stored is not None:
+        return stored.provenance
+    return {
+        "created_at": datetime.now(UTC),
+        "trials_at_first": spec.budget.trials,
+        "data_fingerprint": data.fingerprint,
+        "data_rows": {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)},
+        "input_dim": data.input_dim,
+        "versions": {name: version(name) for name in LOGGED_VERSIONS},
+    }
+
+
+def _opening_line(spec: StudySpec, data: Dataset, rows: list[TrialRow], concurrency: int) -> str:
+    ended = sum(row.state != "RUNNING" for row in rows)
+    begin = f"going on with {spec.name} at {ended} of {spec.budget.trials} trials" if rows else f"study {spec.name}"
+    return (
+        f"{begin}: {data.config.source}, {len(data.train)} rows to train on and {len(data.validation)} to judge by, "
+        f"{data.input_dim} features; {spec.budget.trials} trials of up to {spec.budget.max_epochs} epochs, "
+        f"{concurrency} at once"
+    )
+
+
+@contextlib.contextmanager
+def _held(lease: Lease) -> Iterator[None]:
+    lease.path.parent.mkdir(parents=True, exist_ok=True)
+    lease.acquire()
+    try:
+        yield
+    finally:
+        lease.release()
+
+
+class _Interrupts:
+    """The first SIGINT or SIGTERM waits for the next step of the search; a second one leaves at once."""
+
+    def __init__(self) -> None:
+        self.pending: int | None = None
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        if self.pending is not None:
+            os._exit(128 + signum)
+        self.pending = signum
+
+    def raise_if_pending(self) -> None:
+        if self.pending is not None:
+            raise Interrupted(self.pending)
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[_Interrupts]:
+    """Our handlers in place of Ray's, which end the driver with a backtrace, for the length of a search."""
+    interrupts = _Interrupts()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupts
+        return
+    before = {signum: signal.signal(signum, interrupts) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupts
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,138 @@
+"""The Tune trainable: a thin shell round `vae.training`. It lives on in its worker from trial to trial."""
+
+import io
+import math
+import time
+import traceback
+from dataclasses import asdict
+from typing import Any
+
+import ray
+import torch
+from ray import tune
+
+from search.spec import StudySpec
+from vae.data import Dataset
+from vae.training import Diverged, Trainer
+
+STEP_S = 1.0
+"""A step ends at the next rung or after about this long, whichever is first: nothing is decided in between."""
+
+TRACEBACK_LINES = 6
+
+
+class VaeTrial(tune.Trainable):
+    """One configuration in training. Every result has the epochs since the last one, `final` and `status`."""
+
+    def setup(  # type: ignore[override]  # with_parameters adds the keywords
+        self, config: dict[str, Any], *, spec: StudySpec, data: Dataset, store: Any
+    ) -> None:
+        self._spec, self._data, self._store = spec, data, store
+        self._rungs = set(spec.rungs())
+        torch.set_num_threads(spec.resources.cpus_per_trial)
+        self.reset_config(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Begin another trial in this process. All that a trial changes is in its Trainer, which is new."""
+        self._number: int = new_config["trial"]
+        self._attempt: int = new_config["attempts_before"] + 1
+        self._config = new_config
+        self._trainer: Trainer | None = None
+        self._history: list[dict[str, Any]] = []  # every epoch of the trial, those of earlier attempts too
+        self._reported = 0  # of them
+        return True
+
+    def step(self) -> dict[str, Any]:
+        status, reason = "ok", None
+        try:
+            if self._trainer is None:
+                self._begin()
+            self._train()
+            if self._is_final and (reason := self._collapse()):
+                status = "collapsed"
+        except Diverged as error:
+            status, reason = "diverged", str(error)
+        except Exception as error:  # a fault of the code or the data is a result too: nothing may be lost
+            status = "oom" if _is_out_of_memory(error) else "error"
+            lines = "".join(traceback.format_exception(error)).splitlines()
+            reason = "\n".join(lines[-TRACEBACK_LINES:])
+        return self._result(status, reason)
+
+    def _begin(self) -> None:
+        """Build the model, or go on from its last stored rung."""
+        attempts, stored = ray.get(self._store.begin.remote(self._number))
+        self._attempt = self._config["attempts_before"] + attempts
+        device = "cuda" if self._spec.resources.gpus_per_trial and torch.cuda.is_available() else "cpu"
+        params = self._config["params"]
+        trainer = Trainer(
+            self._spec.model_config_for(params, self._data.input_dim),
+            self._spec.train_config_for(params),
+            self._data,
+            seed=self._config["seed"],
+            device=device,
+        )
+        if stored is not None:
+            state = torch.load(io.BytesIO(stored), weights_only=True)
+            trainer.load_state_dict(state["trainer"])
+            self._history = state["history"]
+        self._trainer = trainer
+
+    def _train(self) -> None:
+        """Train to the next rung, or for about a second."""
+        trainer = self._trainer
+        assert trainer is not None
+        started = time.monotonic()
+        while not self._is_final:
+            self._history.append(asdict(trainer.train_epoch()))
+            if trainer.epoch in self._rungs or self._is_final:
+                self._store_state()
+                break
+            if time.monotonic() - started >= STEP_S:
+                break
+
+    def _store_state(self) -> None:
+        assert self._trainer is not None
+        buffer = io.BytesIO()
+        torch.save({"trainer": self._trainer.state_dict(), "history": self._history}, buffer)
+        stored = self._store.put.remote(self._number, buffer.getvalue())
+        if self._is_final:
+            ray.get(stored)  # before the driver hears that the model is there
+
+    def _collapse(self) -> str | None:
+        """Why the finished model is of no use, or None: its latents carry nothing."""
+        assert self._trainer is not None
+        last, baseline = self._history[-1], self._trainer.no_latent_nelbo
+        if last["active_units"] == 0:
+            return "no active latent unit"
+        if last["val_nelbo"] >= baseline:
+            return f"no better than a model without latents ({baseline:.2f} nats)"
+        return None
+
+    @property
+    def _is_final(self) -> bool:
+        return self._trainer is not None and self._trainer.epoch >= self._spec.budget.max_epochs
+
+    def _result(self, status: str, reason: str | None) -> dict[str, Any]:
+        trainer, history = self._trainer, self._history
+        epochs, self._reported = history[self._reported :], len(history)
+        final = self._is_final and status in ("ok", "collapsed")
+        return {
+            "epochs": epochs,
+            "epoch": history[-1]["epoch"] if history else 0,
+            "objective": history[-1]["val_nelbo"] if history else math.inf,
+            "final": final,
+            "status": status,
+            "reason": reason,
+            "attempt": self._attempt,
+            "num_parameters": trainer.model.num_parameters if trainer else None,
+            "no_latent_nelbo": trainer.no_latent_nelbo if trainer else None,
+            "device": str(trainer.device) if trainer else None,
+            "train_wall_s": math.fsum(epoch["wall_s"] for epoch in history),
+            "done": final or status != "ok",
+        }
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's on a CPU

@@ -1,0 +1,363 @@
+"""The trainer: exact resumption, isolation of its randomness, divergence, and what it reaches on the digits."""
+
+import dataclasses
+import io
+import pickle
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+import vae.training
+from vae.config import DataConfig, ModelConfig, TrainConfig
+from vae.data import Dataset, load_data
+from vae.model import VAE
+from vae.training import Diverged, EpochMetrics, Trainer
+
+TIMES = ("wall_s", "samples_per_s")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small are slower on two threads than on one, and far slower on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load_data(DataConfig(source="digits"))
+
+
+@pytest.fixture
+def tiny() -> Dataset:
+    """41 rows of 6 grey features in two clusters; 41 leaves a last batch of one row at a batch size of 20."""
+    rng = np.random.default_rng(0)
+    centres = np.array([[0.9, 0.8, 0.9, 0.1, 0.2, 0.1], [0.1, 0.2, 0.1, 0.9, 0.8, 0.9]])
+    rows = centres[rng.integers(0, 2, 61)].astype(np.float32)
+    fixed = (rng.random((20, 6)) < rows[41:]).astype(np.float32)
+    return Dataset(
+        config=DataConfig(source="tiny.npy", binarize="dynamic"),
+        train=rows[:41],
+        validation=fixed[:10],
+        test=fixed[10:],
+        fingerprint="0" * 64,
+        image_shape=(2, 3),
+        columns=None,
+        scale_min=None,
+        scale_max=None,
+    )
+
+
+def make(data: Dataset, *, seed: int = 0, activation: str = "silu", dropout: float = 0.2, **train: object) -> Trainer:
+    model = ModelConfig(
+        input_dim=data.input_dim, latent_dim=3, hidden_dims=(8,), activation=activation, dropout=dropout
+    )
+    return Trainer(model, TrainConfig(**{"batch_size": 20, "max_epochs": 6, **train}), data, seed=seed)
+
+
+def figures(metrics: EpochMetrics) -> dict[str, float]:
+    return {name: value for name, value in dataclasses.asdict(metrics).items() if name not in TIMES}
+
+
+def weights(trainer: Trainer) -> torch.Tensor:
+    return torch.nn.utils.parameters_to_vector(trainer.model.parameters()).detach().clone()
+
+
+def test_a_seed_decides_everything_but_the_clock(tiny):
+    first, again, other = (make(tiny, seed=seed) for seed in (1, 1, 2))
+    assert [figures(m) for m in first] == [figures(m) for m in again]
+    assert torch.equal(weights(first), weights(again))
+    assert not torch.equal(weights(first), weights(other))
+
+
+def test_iteration_stops_at_max_epochs_and_goes_on_from_where_it_stands(tiny):
+    trainer = make(tiny, max_epochs=5)
+    iterator = iter(trainer)
+    assert [next(iterator).epoch, next(iterator).epoch] == [1, 2]
+    assert [metrics.epoch for metrics in trainer] == [3, 4, 5]
+    assert trainer.epoch == 5
+    assert list(trainer) == []
+
+
+def test_a_last_partial_batch_is_trained_on(tiny):
+    trainer = make(tiny)
+    trainer.train_epoch()
+    assert trainer.state_dict()["step"] == 3  # 20 + 20 + 1
+
+
+@pytest.mark.parametrize("through_a_file", [False, True])
+def test_restored_state_gives_the_same_next_epochs_to_the_bit(tiny, through_a_file):
+    straight = make(tiny)
+    expected = [figures(metrics) for metrics in straight]
+    broken_off = make(tiny)
+    for _ in range(2):
+        broken_off.train_epoch()
+    state = broken_off.state_dict()
+    broken_off.train_epoch()  # a state is a copy: training on doesn't change it
+    if through_a_file:
+        file = io.BytesIO()
+        torch.save(state, file)
+        file.seek(0)
+        state = torch.load(file, weights_only=True)
+    for seed in (0, 99):  # a state is not used up, and the seed of whoever takes it over is of no account
+        resumed = make(tiny, seed=seed)
+        resumed.load_state_dict(state)
+        assert resumed.epoch == 2
+        assert [figures(metrics) for metrics in resumed] == expected[2:]
+        assert torch.equal(weights(resumed), weights(straight))
+
+
+def test_two_interleaved_trainers_do_not_disturb_each_other(tiny):
+    alone = [[figures(metrics) for metrics in make(tiny, seed=seed)] for seed in (1, 2)]
+    pair = [make(tiny, seed=seed) for seed in (1, 2)]
+    together = [[figures(trainer.train_epoch()) for trainer in pair] for _ in range(6)]
+    assert [list(column) for column in zip(*together, strict=True)] == alone
+
+
+def test_the_callers_generator_is_neither_read_nor_changed(tiny):
+    results = []
+    for seed in (5, 6):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        results.append([figures(metrics) for metrics in make(tiny)])
+        assert torch.equal(torch.get_rng_state(), before)
+    assert results[0] == results[1]
+
+
+def test_the_callers_generator_survives_a_divergence(tiny):
+    before = torch.get_rng_state()
+    with pytest.raises(Diverged):
+        list(make(tiny, learning_rate=1e20))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_read_only_arrays_are_wrapped_without_a_copy_and_left_alone(tiny):
+    tiny.train.flags.writeable = tiny.validation.flags.writeable = False
+    before = tiny.train.copy()
+    trainer = make(tiny)
+    list(trainer)
+    assert trainer._train.data_ptr() == tiny.train.ctypes.data
+    assert np.array_equal(tiny.train, before)
+
+
+def test_grey_rows_are_drawn_anew_in_each_batch_when_dynamic_and_only_then(tiny, monkeypatch):
+    seen = []
+
+    def spy(model, x, noise):
+        seen.append(x.clone())
+        return vae.objective.elbo_terms(model, x, noise)
+
+    monkeypatch.setattr(vae.training, "elbo_terms", spy)
+    make(tiny, batch_size=41).train_epoch()
+    assert set(seen[0].unique().tolist()) == {0.0, 1.0}
+    flat = dataclasses.replace(tiny, train=np.full((20_000, 2), 0.3, np.float32), validation=tiny.validation[:, :2])
+    make(flat, batch_size=20_000).train_epoch()
+    assert seen[1].mean().item() == pytest.approx(0.3, abs=0.01)
+    none = dataclasses.replace(tiny, config=DataConfig(source="tiny.npy", binarize="none"))
+    make(none, batch_size=41).train_epoch()
+    assert set(seen[2].unique().tolist()) == set(np.unique(tiny.train).tolist())
+
+
+def test_every_epoch_draws_its_own_order_and_noise(tiny, monkeypatch):
+    seen = []
+
+    def spy(model, x, noise):
+        seen.append((x.clone(), noise.clone()))
+        return vae.objective.elbo_terms(model, x, noise)
+
+    monkeypatch.setattr(vae.training, "elbo_terms", spy)
+    grey = dataclasses.replace(tiny, config=DataConfig(source="tiny.npy", binarize="none"))
+    trainer = make(grey, batch_size=41)
+    trainer.train_epoch()
+    trainer.train_epoch()
+    (first_x, first_noise), (second_x, second_noise) = seen
+    assert not torch.equal(first_x, second_x)
+    assert sorted(first_x.tolist()) == sorted(second_x.tolist()) == sorted(tiny.train.tolist())
+    assert not torch.equal(first_noise, second_noise)
+
+
+def test_biases_and_learned_slopes_are_not_decayed(tiny):
+    trainer = make(tiny, activation="prelu", weight_decay=0.5, learning_rate=0.1)
+    decayed, kept = ([id(p) for p in group["params"]] for group in trainer.optimizer.param_groups)
+    assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.5, 0.0]
+    for name, parameter in trainer.model.named_parameters():
+        is_matrix = name.endswith("weight")
+        assert (id(parameter) in decayed, id(parameter) in kept) == (is_matrix, not is_matrix)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    assert sum(name.endswith("slope") for name in before) == 2
+    for parameter in trainer.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    trainer.optimizer.step()
+    for name, parameter in trainer.model.named_parameters():
+        expected = before[name] * (1 - 0.1 * 0.5) if name.endswith("weight") else before[name]
+        torch.testing.assert_close(parameter.detach(), expected)
+
+
+def test_metrics_of_an_epoch_agree_with_each_other(tiny):
+    trainer = make(tiny, kl_warmup_epochs=4, beta=2.0)
+    for metrics in trainer:
+        assert metrics.train_nelbo == pytest.approx(metrics.train_recon + metrics.train_kl)
+        assert metrics.val_nelbo == pytest.approx(metrics.val_recon + metrics.val_kl)
+        assert metrics.kl_weight == pytest.approx(2.0 * min(1.0, metrics.epoch / 4))
+        assert metrics.wall_s > 0
+        assert metrics.samples_per_s > 0
+        assert trainer.evaluate() == (
+            metrics.val_nelbo,
+            metrics.val_recon,
+            metrics.val_kl,
+            metrics.active_units,
+        )
+
+
+def test_the_training_losses_are_means_over_rows_not_over_batches(tiny):
+    """With weights that don't move and no dropout, one epoch in batches equals one epoch in a single batch."""
+    flat = dataclasses.replace(tiny, config=DataConfig(source="tiny.npy", binarize="none"))
+    recons = []
+    for batch_size in (20, 41):
+        trainer = make(flat, batch_size=batch_size, dropout=0.0, learning_rate=1e-30)
+        with torch.no_grad():
+            trainer.model.outputs.weight.zero_()  # no dependence on the noise
+        recons.append(trainer.train_epoch().train_recon)
+    assert recons[0] == pytest.approx(recons[1], rel=1e-6)
+
+
+def test_gradients_are_clipped_beyond_the_limit_and_measured_before(tiny):
+    free, clipped = make(tiny, clip_grad_norm=1e9), make(tiny, clip_grad_norm=1e-6)
+    reference, metrics = free.train_epoch(), clipped.train_epoch()
+    assert reference.clipped_steps == 0
+    assert metrics.clipped_steps == 3
+    assert metrics.grad_norm > 1e-3
+    gradients = torch.cat([p.grad.flatten() for p in clipped.model.parameters()])
+    assert gradients.norm().item() == pytest.approx(1e-6, rel=1e-2)
+
+
+def test_the_validation_value_does_not_depend_on_beta_or_warm_up(tiny):
+    first, second = make(tiny), make(tiny, beta=7.0, kl_warmup_epochs=0, learning_rate=1e-2)
+    first.train_epoch()
+    second.model.load_state_dict(first.model.state_dict())
+    assert first.evaluate() == second.evaluate()
+
+
+def test_beta_weighs_the_kl_term_in_training(tiny):
+    free, strict = (make(tiny, beta=beta, kl_warmup_epochs=0, max_epochs=20, learning_rate=1e-2) for beta in (0, 20))
+    assert list(free)[-1].val_kl > 10 * list(strict)[-1].val_kl
+
+
+def test_the_baseline_is_that_of_the_validation_split(tiny):
+    p = np.clip(tiny.train.mean(axis=0, dtype=np.float64), 1e-3, 1 - 1e-3)
+    losses = -np.where(tiny.validation == 1, np.log(p), np.log(1 - p)).sum(axis=1)
+    assert make(tiny).no_latent_nelbo == pytest.approx(losses.mean(), rel=1e-9)
+
+
+def test_a_poisoned_row_raises_diverged_in_its_step_with_finite_weights(tiny):
+    train = tiny.train.copy()
+    train[7, 3] = np.nan
+    config = DataConfig(source="tiny.npy", binarize="none")
+    trainer = make(dataclasses.replace(tiny, train=train, config=config), batch_size=1)
+    with torch.no_grad():  # the output bias was taken from the poisoned mean
+        trainer.model.outputs.bias.zero_()
+    with pytest.raises(Diverged, match="loss is nan") as caught:
+        trainer.train_epoch()
+    assert caught.value.epoch == 1
+    assert 1 <= caught.value.step <= 41
+    assert caught.value.step == trainer.state_dict()["step"] + 1
+    assert weights(trainer).isfinite().all()
+
+
+@pytest.mark.parametrize("activation", ["relu", "exponential"])
+def test_a_learning_rate_beyond_all_bounds_raises_diverged_with_finite_weights(tiny, activation):
+    trainer = make(tiny, activation=activation, learning_rate=1e20)
+    with pytest.raises(Diverged) as caught:
+        list(trainer)
+    assert caught.value.epoch == 1
+    assert caught.value.step <= 3
+    assert weights(trainer).isfinite().all()
+
+
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_raises_diverged(tiny):
+    trainer = make(tiny)
+    trainer.model.outputs.bias.register_hook(lambda gradient: gradient * np.inf)
+    before = weights(trainer)
+    with pytest.raises(Diverged, match="gradient norm is"):
+        trainer.train_epoch()
+    assert torch.equal(weights(trainer), before)
+
+
+def test_a_validation_value_that_is_not_finite_is_a_divergence(tiny):
+    trainer = make(tiny)
+    tiny.validation[0, 0] = np.inf  # the trainer's own memory
+    with pytest.raises(Diverged, match="validation loss is"):
+        trainer.train_epoch()
+    assert trainer.epoch == 0
+
+
+def test_diverged_survives_pickling():
+    error = pickle.loads(pickle.dumps(Diverged(2, 31, "loss is nan")))
+    assert (error.epoch, error.step, error.reason) == (2, 31, "loss is nan")
+    assert str(error) == "diverged in epoch 2, step 31: loss is nan"
+
+
+def test_a_model_of_another_width_than_the_data_is_refused(tiny):
+    with pytest.raises(ValueError, match="5 features and the data have 6"):
+        Trainer(ModelConfig(input_dim=5), TrainConfig(), tiny, seed=0)
+
+
+class ArticleVAE(VAE):
+    """The sample of the article: one output for mean and log variance alike, and z without the mean."""
+
+    def encode(self, x):
+        output = self.mu(self.encoder(x))
+        return output, output
+
+    def forward(self, x, noise):
+        mu, logvar = self.encode(x)
+        return self.decode((logvar / 2).exp() * noise), mu, logvar
+
+
+def test_the_sample_of_the_article_collapses_and_the_right_model_does_not(digits, monkeypatch):
+    model = ModelConfig(input_dim=64, latent_dim=10, activation="tanh")
+    train = TrainConfig(learning_rate=3e-3, max_epochs=20)
+    right = list(Trainer(model, train, digits, seed=0))[-1]
+    monkeypatch.setattr(vae.training, "VAE", ArticleVAE)
+    broken = list(Trainer(model, train, digits, seed=0))[-1]
+    assert broken.val_kl < 0.1
+    assert broken.active_units == 0
+    assert right.active_units > 5
+    assert right.val_nelbo < broken.val_nelbo - 1
+
+
+def test_digits_are_learned(digits):
+    model = ModelConfig(input_dim=64, activation="silu")
+    trainer = Trainer(model, TrainConfig(learning_rate=2e-3, max_epochs=30), digits, seed=0)
+    last = list(trainer)[-1]
+    assert last.val_nelbo < 24.6
+    assert last.val_nelbo < trainer.no_latent_nelbo - 2
+    assert last.active_units > 5
+
+
+@pytest.mark.parametrize("activation", sorted(vae.ACTIVATIONS))
+def test_every_activation_trains_to_below_the_baseline(digits, activation):
+    model = ModelConfig(input_dim=64, activation=activation)
+    trainer = Trainer(model, TrainConfig(max_epochs=15), digits, seed=0)
+    assert list(trainer)[-1].val_nelbo < trainer.no_latent_nelbo
+
+
+@pytest.mark.gpu
+def test_a_gpu_resumes_and_leaves_the_callers_generators_alone(tiny):
+    def on_gpu() -> Trainer:
+        return Trainer(ModelConfig(input_dim=6, dropout=0.2), TrainConfig(max_epochs=4), tiny, seed=0, device="cuda")
+
+    before = torch.get_rng_state(), torch.cuda.get_rng_state()
+    trainer = on_gpu()
+    trainer.train_epoch()
+    state = trainer.state_dict()
+    resumed = on_gpu()
+    resumed.load_state_dict(state)
+    for expected, metrics in zip(trainer, resumed, strict=True):
+        assert metrics.val_nelbo == pytest.approx(expected.val_nelbo, rel=1e-5)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert torch.equal(torch.cuda.get_rng_state(), before[1])

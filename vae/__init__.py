@@ -1,0 +1,53 @@
+"""Variational autoencoders: model, objective, training, export. Importing this loads no torch."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vae.activations import ACTIVATIONS
+    from vae.config import DataConfig, InputError, ModelConfig, TrainConfig
+    from vae.data import load_data
+    from vae.export import load, read_config
+    from vae.model import VAE
+    from vae.objective import evaluate, fixed_noise
+    from vae.training import Trainer
+
+_HOME = {
+    "ACTIVATIONS": "vae.activations",
+    "DataConfig": "vae.config",
+    "InputError": "vae.config",
+    "ModelConfig": "vae.config",
+    "TrainConfig": "vae.config",
+    "Trainer": "vae.training",
+    "VAE": "vae.model",
+    "evaluate": "vae.objective",
+    "fixed_noise": "vae.objective",
+    "load": "vae.export",
+    "load_data": "vae.data",
+    "read_config": "vae.export",
+}
+
+__all__ = [
+    "ACTIVATIONS",
+    "VAE",
+    "DataConfig",
+    "InputError",
+    "ModelConfig",
+    "TrainConfig",
+    "Trainer",
+    "evaluate",
+    "fixed_noise",
+    "load",
+    "load_data",
+    "read_config",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
