@@ -322,7 +322,8 @@ class StudySpec(_Section):
 
     def train_config_for(self, params: Params) -> TrainConfig:
         own = {k: params[k] for k in ("learning_rate", "batch_size") if k in params}
-        return TrainConfig(**{**self.train.model_dump(), "max_epochs": self.budget.max_epochs, **own})
+        values: Params = self.train.model_dump() | {"max_epochs": self.budget.max_epochs} | own
+        return TrainConfig(**values)
 
     def rungs(self) -> list[int]:
         """The epochs at which a trial may be stopped and its state is stored, ascending: warm-up + grace * factor^k.
