@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from pyarrow import parquet
 
-from vae import data as vae_data
+from vae import readers
 from vae.config import DataConfig, InputError
 from vae.data import Dataset, available_sources, load_data
 
@@ -31,7 +31,7 @@ NAMES = ("age", "height", "width")
 def no_data_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VAESEARCH_DATA_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(vae_data, "SYSTEM_DATASETS", tmp_path / "system")
+    monkeypatch.setattr(readers, "SYSTEM_DATASETS", tmp_path / "system")
 
 
 @pytest.fixture
