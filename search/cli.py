@@ -163,14 +163,14 @@ def data(
     """Which data sets are there, and how to get the rest."""
     from dataclasses import asdict
 
-    from search.leaderboard import sources_table
+    from search.leaderboard import source_lines
     from vae.data import available_sources
 
     sources = available_sources(data_dir)
     if json:
         _print_json([asdict(source) for source in sources])
     else:
-        _console().print(sources_table(sources))
+        print("\n".join(source_lines(sources)))
 
 
 @app.command()

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from search.ledger import TrialRow
-from search.progress import activation_text, duration, hidden_text, params_text
+from search.progress import activation_text, duration, hidden_text, params_text, shapes_differ
 from search.results import Study, Summary
 from vae.data import SourceStatus
 
@@ -24,10 +24,6 @@ TEXT_COLUMNS = (
     "status",
     "study",
     "data",
-    "source",
-    "found",
-    "description",
-    "where, or how to get it",
 )
 
 
@@ -72,9 +68,10 @@ def next_commands(study: Study) -> Iterator[str]:
 def trials_table(rows: list[TrialRow]) -> Table:
     """Every trial, a line each."""
     table = _table("trial", "state", "status", "nelbo", "epochs", "parameters")
+    with_shape = shapes_differ(rows)
     for row in rows:
-        epochs = f"{row.epochs}/{row.max_epochs}"
-        table.add_row(str(row.trial), row.state, row.status or "", _nats(row.val_nelbo), epochs, params_text(row))
+        epochs, params = f"{row.epochs}/{row.max_epochs}", params_text(row, with_shape)
+        table.add_row(str(row.trial), row.state, row.status or "", _nats(row.val_nelbo), epochs, params)
     return table
 
 
@@ -91,13 +88,14 @@ def studies_table(studies: list[Study]) -> Table:
     return table
 
 
-def sources_table(sources: list[SourceStatus]) -> Table:
-    """The data sets that are known by name, a line each."""
-    table = _table("source", "found", "description", "where, or how to get it")
+def source_lines(sources: list[SourceStatus]) -> Iterator[str]:
+    """The data sets that are known by name: what is there, and how to get the rest."""
     for source in sources:
-        where = source.where if source.found else source.how_to_get
-        table.add_row(source.name, "yes" if source.found else "no", source.description, where)
-    return table
+        if source.found:
+            yield f"{source.name}: {source.description}, {source.where}"
+        else:
+            yield f"{source.name}: not found; {source.how_to_get}"
+    yield "or the path of a .npy, .npz, .csv or .parquet file"
 
 
 def _verdict(summary: Summary) -> str:

@@ -25,6 +25,7 @@ class Progress(StudyEvents):
         self.console = console or Console(stderr=True, highlight=False)
         self._trials = self._ended = self._ended_before = 0
         self._best: TrialRow | None = None
+        self._with_shape = False
         self._running: dict[int, TrialRow] = {}
         self._first_start: float | None = None
         self._live: Live | None = None
@@ -52,6 +53,10 @@ class Progress(StudyEvents):
         self._trials = spec.budget.trials
         self._ended = self._ended_before = sum(row.state != "RUNNING" for row in rows)
         self._best = next(iter(ranked(rows)), None)
+        space = spec.space
+        self._with_shape = any(
+            entry is not None for entry in (space.hidden_width, space.hidden_layers, space.batch_size)
+        )
 
     def trial_started(self, row: TrialRow) -> None:
         self._first_start = self._first_start or time.monotonic()
@@ -66,7 +71,7 @@ class Progress(StudyEvents):
         self._best = next(iter(ranked([row, *([self._best] if self._best else [])])), None)
         if self._live is None:
             best = f"; best {self._best.val_nelbo:.3f} (trial {self._best.trial})" if self._best else ""
-            self.say(f"[{self._ended}/{self._trials}] {trial_line(row)}{best}")
+            self.say(f"[{self._ended}/{self._trials}] {trial_line(row, self._with_shape)}{best}")
 
     def _seconds_left(self) -> float | None:
         done = self._ended - self._ended_before
@@ -88,7 +93,7 @@ class Progress(StudyEvents):
             best.append("none has trained to its last epoch yet", style="dim")
         else:
             best.append(f"{self._best.val_nelbo:.3f} nats", style="bold green")
-            best.append(f"  trial {self._best.trial}: {params_text(self._best)}")
+            best.append(f"  trial {self._best.trial}: {params_text(self._best, self._with_shape)}")
         running = Table.grid(padding=(0, 2))
         for row in sorted(self._running.values(), key=lambda row: row.trial):
             value = f"{row.val_nelbo:.3f}" if row.val_nelbo is not None else "starting"
@@ -96,24 +101,28 @@ class Progress(StudyEvents):
                 f"  trial {row.trial}",
                 f"epoch {row.epochs}/{row.max_epochs}",
                 value,
-                Text(params_text(row), style="dim"),
+                Text(params_text(row, self._with_shape), style="dim"),
             )
         return Group(head, best, running)
 
 
-def trial_line(row: TrialRow) -> str:
+def trial_line(row: TrialRow, with_shape: bool = False) -> str:
     """One line on a trial that has ended."""
     value = f"{row.val_nelbo:.3f} nats" if row.val_nelbo is not None else "no value"
     what = row.state if row.status == "ok" else f"{row.state} ({row.status})"
-    return f"trial {row.trial} {what} at epoch {row.epochs}/{row.max_epochs}: {value}, {params_text(row)}"
+    return f"trial {row.trial} {what} at epoch {row.epochs}/{row.max_epochs}: {value}, {params_text(row, with_shape)}"
 
 
-def params_text(row: TrialRow) -> str:
-    """The parameters in the space of a line."""
+def params_text(row: TrialRow, with_shape: bool = False) -> str:
+    """The parameters in the space of a line; `with_shape` where hidden layers or batches differ between trials."""
+    shape = f", hidden {hidden_text(row)}, batch {row.batch_size}" if with_shape else ""
     return (
-        f"{activation_text(row)}, lr {row.learning_rate:.1e}, dropout {row.dropout:.2f}, "
-        f"latent {row.latent_dim}, hidden {hidden_text(row)}"
+        f"{activation_text(row)}, lr {row.learning_rate:.1e}, dropout {row.dropout:.2f}, latent {row.latent_dim}{shape}"
     )
+
+
+def shapes_differ(rows: list[TrialRow]) -> bool:
+    return len({(tuple(row.hidden_dims), row.batch_size) for row in rows}) > 1
 
 
 def activation_text(row: TrialRow) -> str:

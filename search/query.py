@@ -44,7 +44,7 @@ def query(sql: str, storage: Path, time_limit_s: float = TIME_LIMIT_S) -> pa.Tab
         timer = threading.Timer(time_limit_s, connection.interrupt)
         timer.start()
         try:
-            return connection.execute(sql).to_arrow_table()
+            return connection.sql(sql).to_arrow_table()
         except duckdb.InterruptException:
             raise QueryFailed(f"the query took longer than {time_limit_s:g} s and was stopped") from None
         except duckdb.Error as error:

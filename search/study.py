@@ -12,8 +12,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from cluster.resources import PlacementError, fitting_trials
-from cluster.runtime import environment, ray_runtime
+from cluster.runtime import Runtime, environment, ray_runtime
 from search.checkpoints import CheckpointStore
 from search.early_stopping import Asha
 from search.events import StudyEvents
@@ -81,27 +83,34 @@ def run_study(
     lease.check()
     if Space(spec.space).is_fixed:
         say("the space leaves nothing to choose: every trial is the same configuration with another seed")
-    with ray_runtime(address, data_bytes=data.nbytes) as runtime:
-        try:
-            concurrency = fitting_trials(
-                runtime,
-                cpus_per_trial=spec.resources.cpus_per_trial,
-                gpus_per_trial=spec.resources.gpus_per_trial,
-                wanted=None if spec.resources.concurrency == "auto" else spec.resources.concurrency,
-            )
-        except PlacementError as error:
-            raise InputError(str(error)) from None
-        with _interrupts() as interrupts, _held(lease):
+    with contextlib.ExitStack() as stack:
+        with ray_runtime(address, data_bytes=data.nbytes) as runtime:
+            concurrency = _concurrency(spec, runtime)
+            stack.enter_context(_held(lease))  # from here on files are written
             if stored is None or spec != stored.spec:
                 write_study_file(path, spec, _provenance(spec, data, stored))
-            _search(spec, data, path, concurrency, lease, interrupts, events, say)
-    study = Study(path)
-    with _held(lease):
+            with _interrupts() as interrupts:
+                _search(spec, data, path, concurrency, lease, interrupts, events, say)
         from search.publish import publish_best  # torch: only now, so that trials start sooner
 
+        study = Study(path)
         publish_best(study, data)
         CheckpointStore(path / CHECKPOINTS_FOLDER).clear()
     return study
+
+
+def _concurrency(spec: StudySpec, runtime: Runtime) -> int:
+    """How many trials run at once. Raises InputError if the cluster cannot hold one."""
+    asked = spec.resources
+    try:
+        return fitting_trials(
+            runtime,
+            cpus_per_trial=asked.cpus_per_trial,
+            gpus_per_trial=asked.gpus_per_trial,
+            wanted=None if asked.concurrency == "auto" else asked.concurrency,
+        )
+    except PlacementError as error:
+        raise InputError(str(error)) from None
 
 
 def _search(
@@ -128,7 +137,8 @@ def _search(
     if missing <= 0:
         return
     concurrency = min(concurrency, missing)
-    say(_opening_line(spec, data, rows, concurrency))
+    for line in _opening_lines(spec, data, rows, concurrency):
+        say(line)
     for listener in events:
         listener.search_started(spec, rows)
 
@@ -321,14 +331,20 @@ def _provenance(spec: StudySpec, data: Dataset, stored: Study | None) -> dict[st
     }
 
 
-def _opening_line(spec: StudySpec, data: Dataset, rows: list[TrialRow], concurrency: int) -> str:
+def _opening_lines(spec: StudySpec, data: Dataset, rows: list[TrialRow], concurrency: int) -> Iterator[str]:
     ended = sum(row.state != "RUNNING" for row in rows)
-    begin = f"going on with {spec.name} at {ended} of {spec.budget.trials} trials" if rows else f"study {spec.name}"
-    return (
-        f"{begin}: {data.config.source}, {len(data.train)} rows to train on and {len(data.validation)} to judge by, "
-        f"{data.input_dim} features; {spec.budget.trials} trials of up to {spec.budget.max_epochs} epochs, "
+    begin = f"going on at {ended} of" if rows else "searching:"
+    yield (
+        f"{spec.name}: {begin} {spec.budget.trials} trials of up to {spec.budget.max_epochs} epochs, "
         f"{concurrency} at once"
     )
+    splits = f"{len(data.train)} rows to train on, {len(data.validation)} to judge by, {len(data.test)} kept aside"
+    yield f"{data.config.source}: {data.input_dim} features, {splits}"
+    if data.config.binarize == "none" and not np.isin(data.validation, (0, 1)).all():
+        yield (
+            "the data are grey and not binarised: under a Bernoulli likelihood the values are cross-entropies, "
+            "to be compared with each other alone"
+        )
 
 
 @contextlib.contextmanager

@@ -50,7 +50,7 @@ Losses are nats per example.
 
 | metric | value |
 |---|---|
-{% for name, value in metrics.items() -%}
+{% for name, value in metrics.items() if name != "no_latent_nelbo" -%}
 | {{ name }} | {{ value | short }} |
 {% endfor -%}
 | no-latent baseline (validation) | {{ baseline | short }} |
