@@ -1,0 +1,107 @@
+"""What the pages say is what the program does: every command, query and snippet in them is run."""
+
+import os
+import re
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from search.ledger import EPOCHS, TRIALS, EpochRow, Ledger, TrialRow
+from search.query import STUDIES, query
+from search.results import write_study_file
+from search.spec import StudySpec
+
+ROOT = Path(__file__).parent.parent
+README, RESULTS = ROOT / "README.md", ROOT / "docs" / "results.md"
+MNIST = ROOT.parent / "shared" / "data" / "mnist"
+ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of twelve made-up trials, every state and status among them."""
+    folder = tmp_path_factory.mktemp("storage")
+    spec = StudySpec(budget={"trials": 12, "max_epochs": 6})
+    path = folder / spec.name
+    path.mkdir()
+    now = datetime.now(UTC)
+    write_study_file(path, spec, {"created_at": now, "trials_at_first": 12, "data_fingerprint": "00", "input_dim": 64})
+    ledger = Ledger(path)
+    outcomes = [("COMPLETE", "ok"), ("PRUNED", "ok"), ("COMPLETE", "collapsed"), ("PRUNED", "diverged")]
+    for number in range(12):
+        state, status = outcomes[number % 4]
+        num_epochs = 6 if state == "COMPLETE" else 3
+        row = TrialRow(
+            study=spec.name, trial=number, state=state, status=status, activation=("silu", "relu", "tanh")[number % 3],
+            dropout=number / 24, learning_rate=10 ** (-4 + number / 6), latent_dim=2 + number, hidden_dims=[8, 8],
+            batch_size=64, seed=number, val_nelbo=23.0 + number, train_nelbo=22.0, val_kl=4.0, active_units=number,
+            no_latent_nelbo=27.4, epochs=num_epochs, max_epochs=6, suggested_at=now, ended_at=now,
+        )  # fmt: skip
+        ledger.start_trial(row)
+        ledger.add_epochs(
+            EpochRow(
+                study=spec.name, trial=number, epoch=epoch, attempt=1, train_nelbo=25.0, train_recon=20.0, train_kl=5.0,
+                val_nelbo=30.0 - epoch, val_recon=20.0, val_kl=10.0 - epoch, active_units=1, grad_norm=120.0,
+                clipped_steps=epoch % 2, kl_weight=1.0, wall_s=0.1, samples_per_s=1e4 + number,
+                reported_at=now + timedelta(seconds=epoch),
+            )
+            for epoch in range(1, num_epochs + 1)
+        )  # fmt: skip
+        ledger.end_trial(row)
+    ledger.flush()
+    return folder
+
+
+@pytest.mark.parametrize("sql", blocks(RESULTS, "sql"))
+def test_every_question_of_the_results_page_gets_an_answer(sql, storage):
+    assert query(sql, storage).num_rows > 0
+
+
+def test_the_results_page_names_every_column():
+    text = RESULTS.read_text(encoding="utf-8")
+    missing = [
+        name for schema in (TRIALS, EPOCHS, STUDIES) for name in schema.names if not re.search(rf"\b{name}\b", text)
+    ]
+    assert not missing
+
+
+def test_the_python_of_the_results_page_runs(storage, tmp_path):
+    (tmp_path / "studies").symlink_to(storage)
+    for snippet in blocks(RESULTS, "python"):
+        subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, check=True, timeout=60)
+
+
+def test_ci_installs_and_tests_with_the_command_of_the_readme():
+    installs = [block.strip() for block in blocks(README, "sh") if block.startswith("pip install")]
+    assert installs == ["pip install . && vaesearch run", "pip install -e '.[test]' && pytest"]
+    assert installs[1] in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.system
+@pytest.mark.timeout(900)
+def test_every_command_and_snippet_of_the_readme_runs_as_printed(tmp_path):
+    rng = np.random.default_rng(0)
+    np.savetxt(tmp_path / "points.csv", rng.normal(size=(400, 5)), delimiter=",", header="a,b,c,d,e", comments="")
+    np.savez(tmp_path / "images.npz", images=rng.integers(0, 256, size=(400, 8, 8), dtype=np.uint8))
+    (tmp_path / "path" / "to").mkdir(parents=True)
+    if MNIST.is_dir():
+        (tmp_path / "path" / "to" / "mnist").symlink_to(MNIST)
+    for language, text in re.findall(r"^```(sh|python)\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL):
+        if language == "python":
+            subprocess.run([sys.executable, "-c", text], cwd=tmp_path, env=ENVIRONMENT, check=True, timeout=300)
+            continue
+        for line in text.splitlines():
+            command = line.removeprefix("pip install . && ")
+            if command.startswith("pip install") or ("mnist" in command and not MNIST.is_dir()):
+                continue  # .ci/run does the one; the other needs files that are not here
+            subprocess.run(["bash", "-c", command], cwd=tmp_path, env=ENVIRONMENT, check=True, timeout=600)
+    assert (tmp_path / "curves.csv").stat().st_size > 0
+    assert (tmp_path / "model").is_dir()
