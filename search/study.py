@@ -200,7 +200,7 @@ def _fit(
     resources = {"cpu": spec.resources.cpus_per_trial, "gpu": spec.resources.gpus_per_trial}
     trainable = tune.with_parameters(VaeTrial, spec=spec, data=data, store=store_actor)
     with environment(TUNE_ENVIRONMENT), tempfile.TemporaryDirectory(prefix="vaesearch-") as scratch:
-        tune.Tuner(
+        tuner = tune.Tuner(
             tune.with_resources(trainable, resources),
             tune_config=tune.TuneConfig(
                 metric="objective",
@@ -219,7 +219,11 @@ def _fit(
                 failure_config=tune.FailureConfig(max_failures=spec.budget.max_retries),
                 verbose=0,
             ),
-        ).fit()
+        )
+        try:
+            tuner.fit()
+        finally:
+            ray.kill(store_actor)
 
 
 def _best_models_keeper(store: CheckpointStore, top: int, rows: list[TrialRow]) -> StudyEvents:
