@@ -31,10 +31,12 @@ def publish_best(study: Study, data: Dataset) -> list[Path]:
     """Export the study's best as `models/<rank>-trial-<n>/`, in place of what was exported before."""
     target = study.path / MODELS_FOLDER
     building, old = target.with_name("models.tmp"), target.with_name("models.old")
-    for leftover in (building, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    if old.exists() and not target.exists():
+        old.rename(target)  # an earlier export was cut off between its two renames
+    shutil.rmtree(building, ignore_errors=True)
     rows = [row for row in ranked(study.rows())[: study.spec.export.top] if _has_weights(study, row)]
     folders = export_models(study, rows, data, building)
+    shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
     if building.exists():

@@ -196,7 +196,8 @@ def _fit(
             return {}
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    store_actor = ray.remote(CheckpointStore).options(num_cpus=0, scheduling_strategy=here).remote(store.folder)
+    remote_store = ray.remote(CheckpointStore).options(num_cpus=0, scheduling_strategy=here)
+    store_actor: Any = remote_store.remote(store.folder)
     resources = {"cpu": spec.resources.cpus_per_trial, "gpu": spec.resources.gpus_per_trial}
     trainable = tune.with_parameters(VaeTrial, spec=spec, data=data, store=store_actor)
     with environment(TUNE_ENVIRONMENT), tempfile.TemporaryDirectory(prefix="vaesearch-") as scratch:
