@@ -182,10 +182,11 @@ def init() -> None:
 
 
 def _run(spec: "StudySpec", address: str | None, extend: int, json: bool) -> None:
+    from search.interrupts import Interrupted
     from search.leaderboard import as_json, print_study
     from search.progress import Progress
     from search.results import Study
-    from search.study import Interrupted, run_study
+    from search.study import run_study
 
     path = Path(spec.storage.path) / spec.name
     with Progress() as progress:

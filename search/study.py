@@ -1,15 +1,11 @@
 """`run_study`: wires data, ledger, sampler, early stopping and Ray Tune together. Run and resume are one function."""
 
 import contextlib
-import os
-import signal
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,13 +13,15 @@ import numpy as np
 from cluster.resources import PlacementError, fitting_trials
 from cluster.runtime import Runtime, environment, ray_runtime
 from search.checkpoints import CheckpointStore
+from search.checks import check_batches, check_writable, same_study
 from search.early_stopping import Asha
 from search.events import StudyEvents
+from search.interrupts import Interrupts, interrupts_caught
 from search.lease import Lease
 from search.ledger import Ledger, TrialRow
 from search.results import CHECKPOINTS_FOLDER, STUDY_FILE, Study, ranked, write_study_file
 from search.space import Space
-from search.spec import StudySpec, spec_diff
+from search.spec import StudySpec
 from vae.config import InputError
 from vae.data import Dataset, load_data
 
@@ -46,14 +44,6 @@ class StudyFailed(RuntimeError):
     """Too many trials failed in a row. The text shows the first of them."""
 
 
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM came, and everything is on disk."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
-
-
 def run_study(
     spec: StudySpec,
     *,
@@ -69,16 +59,16 @@ def run_study(
     Raises InputError before anything is written; StudyFailed; Interrupted.
     """
     data = load_data(spec.data_config())
-    _check_batches(spec, data)
+    check_batches(spec, data)
     path = Path(spec.storage.path) / spec.name
     stored = Study(path) if (path / STUDY_FILE).is_file() else None
     if stored is not None:
-        spec = _same_study(spec, stored, data, extend)
+        spec = same_study(spec, stored, data, extend)
         if stored.summary().ended >= spec.budget.trials and not (path / CHECKPOINTS_FOLDER).exists():
             return stored
     elif extend:
         raise InputError(f"{path}: there is no study to extend; set budget.trials instead")
-    _check_writable(Path(spec.storage.path))
+    check_writable(Path(spec.storage.path))
     lease = Lease(path)
     lease.check()
     if Space(spec.space).is_fixed:
@@ -89,7 +79,7 @@ def run_study(
             stack.enter_context(_held(lease))  # from here on files are written
             if stored is None or spec != stored.spec:
                 write_study_file(path, spec, _provenance(spec, data, stored))
-            with _interrupts() as interrupts:
+            with interrupts_caught() as interrupts:
                 _search(spec, data, path, concurrency, lease, interrupts, events, say)
         from search.publish import publish_best  # torch: only now, so that trials start sooner
 
@@ -119,7 +109,7 @@ def _search(
     path: Path,
     concurrency: int,
     lease: Lease,
-    interrupts: "_Interrupts",
+    interrupts: Interrupts,
     events: Sequence[StudyEvents],
     say: Callable[[str], None],
 ) -> None:
@@ -274,55 +264,6 @@ def _one_line(error: BaseException | None) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _check_batches(spec: StudySpec, data: Dataset) -> None:
-    entry = spec.space.batch_size if spec.space.batch_size is not None else spec.train.batch_size
-    key = "space.batch_size" if spec.space.batch_size is not None else "train.batch_size"
-    largest = entry.high if hasattr(entry, "high") else max(entry) if isinstance(entry, tuple) else entry
-    if largest > len(data.train):
-        raise InputError(
-            f"{data.config.source}: {len(data.train)} rows to train on are fewer than a batch; "
-            f"set {key} = {len(data.train)} or lower, or bring more rows"
-        )
-
-
-def _same_study(spec: StudySpec, stored: Study, data: Dataset, extend: int) -> StudySpec:
-    """The spec to go on with. Raises InputError with a diff if what is asked for is another study."""
-    old = stored.spec
-    fingerprint = stored.provenance["data_fingerprint"]
-    if fingerprint != data.fingerprint:
-        raise InputError(
-            f"{stored.path}: the study was made on other data (SHA-256 {fingerprint[:12]}..., "
-            f"now {data.fingerprint[:12]}...); bring those back or use another --name"
-        )
-    before, after = old.identity(), spec.identity()
-    asked = after["budget.trials"]
-    if asked in (stored.provenance["trials_at_first"], before["budget.trials"]):
-        after["budget.trials"] = before["budget.trials"]  # the command that began it, also after an extension
-    if diff := spec_diff(before, after):
-        raise InputError(
-            f"{stored.path}: the study there is another one: {'; '.join(diff)}\n"
-            f"use another --name, or --extend N for more trials of the same"
-        )
-    if extend and stored.summary().ended < old.budget.trials:
-        raise InputError(f"{stored.path}: not complete yet; run it without --extend first")
-    budget = old.budget.model_copy(update={"trials": old.budget.trials + extend})
-    return spec.model_copy(update={"budget": budget})
-
-
-def _check_writable(storage: Path) -> None:
-    """Raises InputError if the storage folder could not be made or written. Leaves nothing there."""
-    folder = storage.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"{storage}: cannot be written: {error.strerror}; name another folder with --storage"
-        ) from None
-
-
 def _provenance(spec: StudySpec, data: Dataset, stored: Study | None) -> dict[str, Any]:
     if stored is not None:
         return stored.provenance
@@ -360,34 +301,3 @@ def _held(lease: Lease) -> Iterator[None]:
         yield
     finally:
         lease.release()
-
-
-class _Interrupts:
-    """The first SIGINT or SIGTERM waits for the next step of the search; a second one leaves at once."""
-
-    def __init__(self) -> None:
-        self.pending: int | None = None
-
-    def __call__(self, signum: int, frame: FrameType | None) -> None:
-        if self.pending is not None:
-            os._exit(128 + signum)
-        self.pending = signum
-
-    def raise_if_pending(self) -> None:
-        if self.pending is not None:
-            raise Interrupted(self.pending)
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[_Interrupts]:
-    """Our handlers in place of Ray's, which end the driver with a backtrace, for the length of a search."""
-    interrupts = _Interrupts()
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupts
-        return
-    before = {signum: signal.signal(signum, interrupts) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield interrupts
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
