@@ -163,7 +163,7 @@ def _costs(summary: Summary) -> Iterator[str]:
 
 
 def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0))
     for column in columns:
         left = column in TEXT_COLUMNS
         table.add_column(column, justify="left" if left else "right", overflow="fold", no_wrap=column != "parameters")

@@ -5,7 +5,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from cluster.runtime import Runtime, ray_runtime
+from cluster.runtime import PRIVATE_ENVIRONMENT, Runtime, environment, ray_runtime
+from search.results import Study
+from search.spec import StudySpec
+from search.study import run_study
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -17,5 +20,40 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def ray_here() -> Iterator[Runtime]:
     """The one Ray of this test run: two CPUs, no GPU, on loopback. `run_study` uses it as it finds it."""
+    from ray._raylet import Config
+
+    # Test modules have imported ray by now, and it read RAY_AUTH_MODE then: test_cluster_runtime.py has the claim
+    # that a runtime must cope with that. Until it does, ray is made to read it again.
+    with environment(PRIVATE_ENVIRONMENT):
+        Config.initialize("")
     with ray_runtime(num_cpus=2, num_gpus=0) as runtime:
         yield runtime
+
+
+@pytest.fixture(scope="session")
+def small_spec(tmp_path_factory: pytest.TempPathFactory) -> StudySpec:
+    """Six trials of a few tenths of a second each on the digits, one after the other; some are healthy to their end."""
+    return StudySpec.model_validate(
+        {
+            "name": "small",
+            "model": {"hidden_dims": [32]},
+            "train": {"kl_warmup_epochs": 0, "lr_schedule": "constant", "batch_size": 32},
+            "space": {
+                "activation": ["tanh", "leaky_relu", "silu"],
+                "learning_rate": {"low": 1e-3, "high": 1e-2, "log": True},
+                "latent_dim": {"low": 2, "high": 16, "log": True},
+            },
+            "budget": {"trials": 6, "max_epochs": 8, "max_consecutive_failures": 2, "max_retries": 1},
+            "sampler": {"startup_trials": 3},
+            "scheduler": {"grace_epochs": 2, "reduction_factor": 2},
+            "export": {"top": 2},
+            "resources": {"concurrency": 1},
+            "storage": {"path": str(tmp_path_factory.mktemp("studies"))},
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def small_study(ray_here: Runtime, small_spec: StudySpec) -> Study:
+    """`small_spec`, run to its end. To be read only: work on a copy of its folder."""
+    return run_study(small_spec)
