@@ -46,16 +46,19 @@ def ray_runtime(
             from ray._private import ray_constants
 
             ray_constants.ENABLE_RAY_CLUSTER = False  # the variable above, for a process that had imported ray
+            _read_authentication_again()
             options = {
                 "num_cpus": num_cpus,
                 "num_gpus": num_gpus,
                 "object_store_memory": OBJECT_STORE_HEADROOM_BYTES + 2 * data_bytes,
             }
-            with _connected(ray, include_dashboard=False, **options):
+            # "local", not None: that would join whatever RAY_ADDRESS names
+            with _connected(ray, address="local", include_dashboard=False, **options):
                 yield _describe(ray, "local")
     else:
         import ray
 
+        _read_authentication_again()
         with _connected(ray, address=address):
             yield _describe(ray, address)
 
@@ -67,6 +70,14 @@ def _connected(ray, **options: object) -> Iterator[None]:  # type: ignore[no-unt
         yield
     finally:
         ray.shutdown()
+
+
+def _read_authentication_again() -> None:
+    """Ray keeps the mode it found when it was imported, and the token of the first connection (ray 2.60)."""
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _describe(ray, address: str) -> Runtime:  # type: ignore[no-untyped-def]

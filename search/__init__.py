@@ -4,9 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from search.query import query
     from search.results import Study, list_studies, open_study
     from search.spec import StudySpec
+    from search.sql import query
     from search.study import run_study
 
 _HOMES = {
@@ -14,7 +14,7 @@ _HOMES = {
     "Study": "search.results",
     "open_study": "search.results",
     "list_studies": "search.results",
-    "query": "search.query",
+    "query": "search.sql",
     "run_study": "search.study",
 }
 

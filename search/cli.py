@@ -27,16 +27,23 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Name = Annotated[str, typer.Argument(help="Name of the study.")]
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(version("vaesearch"))
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_print_version),
+    ] = False,
 ) -> None:
-    if version:
-        from importlib.metadata import version as installed
-
-        print(installed("vaesearch"))
-        raise typer.Exit
+    """The options that stand before a command; `main` takes --debug out wherever it stands."""
 
 
 @app.command()
@@ -126,7 +133,7 @@ def query(
 ) -> None:
     """SQL over the results, read-only, also while studies run."""
     from search.output import write_table
-    from search.query import query as run_query
+    from search.sql import query as run_query
 
     write_table(run_query(sql, storage), format, output)
 
@@ -176,9 +183,10 @@ def data(
 @app.command()
 def init() -> None:
     """Print a study file with every key, its unit and its default."""
-    from search.spec import commented_study_file
+    from search.spec import StudySpec
+    from search.study_file import commented_study_file
 
-    print(commented_study_file(), end="")
+    print(commented_study_file(StudySpec()), end="")
 
 
 def _run(spec: "StudySpec", address: str | None, extend: int, json: bool) -> None:
@@ -222,7 +230,7 @@ def _concurrency(text: str | None) -> int | str | None:
 
 
 def _assignments(texts: list[str]) -> dict[str, object]:
-    from search.spec import parse_value
+    from search.study_file import parse_value
 
     pairs: dict[str, object] = {}
     for text in texts:

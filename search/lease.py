@@ -1,11 +1,13 @@
 """One driver a study: a small file that says who holds it, and since when nothing was heard."""
 
+import fcntl
 import json
 import os
 import socket
 import time
 from pathlib import Path
 
+from search.ledger import write_atomically
 from vae.config import InputError
 
 STALE_AFTER_S = 60.0
@@ -29,7 +31,7 @@ class Lease:
             holder = json.loads(self.path.read_text())
             host, pid, beat = holder["host"], int(holder["pid"]), float(holder["heartbeat"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return  # none, or torn by a crash in its very first write
+            return  # none
         age_s = time.time() - beat
         dead = host == socket.gethostname() and not _is_alive(pid)
         if not dead and age_s < STALE_AFTER_S and (host, pid) != (socket.gethostname(), os.getpid()):
@@ -40,29 +42,26 @@ class Lease:
 
     def acquire(self) -> None:
         """Take the study. Raises LeaseHeld if a living driver has it."""
-        self.check()
-        self.path.unlink(missing_ok=True)
+        folder = os.open(self.path.parent, os.O_RDONLY)
         try:
-            with open(self.path, "x") as file:  # of two that start at once, one gets here second
-                file.write(self._content())
-        except FileExistsError:
+            fcntl.flock(folder, fcntl.LOCK_EX)  # of two that start at once, the second sees the first one's lease
             self.check()
-            raise LeaseHeld(f"{self.path.parent} was taken by another process at this moment") from None
+            write_atomically(self.path, self._content())
+        finally:
+            os.close(folder)
         self._last_beat = time.monotonic()
 
     def heartbeat(self) -> None:
         """Say that we are alive, at most every few seconds."""
         if time.monotonic() - self._last_beat >= HEARTBEAT_EVERY_S:
             self._last_beat = time.monotonic()
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text(self._content())
-            os.replace(temporary, self.path)
+            write_atomically(self.path, self._content())
 
     def release(self) -> None:
         self.path.unlink(missing_ok=True)
 
-    def _content(self) -> str:
-        return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "heartbeat": time.time()})
+    def _content(self) -> bytes:
+        return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "heartbeat": time.time()}).encode()
 
 
 def _is_alive(pid: int) -> bool:

@@ -173,7 +173,7 @@ Row = TypeVar("Row", TrialRow, EpochRow)
 
 def write_atomically(path: Path, content: bytes | pa.Buffer) -> None:
     """Put a file in place whole: written beside it, synced, renamed, and the rename synced."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # readers of the whole folder pass over a leading dot
     with open(temporary, "wb") as file:
         file.write(content)
         file.flush()

@@ -2,9 +2,12 @@
 
 import io
 import json
+import math
 import sys
+from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import pyarrow as pa
 
@@ -43,7 +46,7 @@ def _as_text(table: pa.Table) -> bytes:
         shown.add_row(*(_cell(value) for value in row))
     target = io.StringIO()
     width = None if sys.stdout.isatty() else 1000
-    Console(file=target, highlight=False, width=width, markup=False).print(shown)
+    Console(file=target, highlight=False, width=width, markup=False, emoji=False).print(shown)
     return "\n".join(line.rstrip() for line in target.getvalue().strip("\n").splitlines()).encode() + b"\n"
 
 
@@ -54,19 +57,27 @@ def _cell(value: object) -> str:
 
 
 def _as_json(table: pa.Table) -> bytes:
-    return json.dumps(table.to_pylist(), indent=2, default=str).encode() + b"\n"
+    return json.dumps(_plain(table.to_pylist()), indent=2, allow_nan=False).encode() + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's terms: numbers stay numbers, NaN and infinities become null, the rest text."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int | bool) else str(value)
 
 
 def _as_csv(table: pa.Table) -> bytes:
     import pyarrow.csv
 
-    flat = table
-    for index, field in enumerate(table.schema):
-        if pa.types.is_nested(field.type):  # CSV has no lists
-            texts = pa.array([None if v is None else json.dumps(v) for v in table.column(index).to_pylist()])
-            flat = flat.set_column(index, field.name, texts)
     sink = io.BytesIO()
-    pyarrow.csv.write_csv(flat, sink)
+    pyarrow.csv.write_csv(_with_text(table, pa.types.is_nested, pa.types.is_interval), sink)
     return sink.getvalue()
 
 
@@ -74,8 +85,18 @@ def _as_parquet(table: pa.Table) -> bytes:
     import pyarrow.parquet
 
     sink = io.BytesIO()
-    pyarrow.parquet.write_table(table, sink, compression="zstd")
+    pyarrow.parquet.write_table(_with_text(table, pa.types.is_interval), sink, compression="zstd")
     return sink.getvalue()
+
+
+def _with_text(table: pa.Table, *kinds: Callable[[pa.DataType], bool]) -> pa.Table:
+    """Columns of types that a format does not have, as text: lists as JSON, intervals as Python writes them."""
+    for index, field in enumerate(table.schema):
+        if any(is_kind(field.type) for is_kind in kinds):
+            values = (_plain(value) for value in table.column(index).to_pylist())
+            texts = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
+            table = table.set_column(index, field.name, pa.array(texts, pa.string()))
+    return table
 
 
 _ENCODERS = {"table": _as_text, "json": _as_json, "csv": _as_csv, "parquet": _as_parquet}

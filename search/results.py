@@ -4,7 +4,6 @@ import tomllib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -70,18 +69,19 @@ class Study:
     def name(self) -> str:
         return self.path.name
 
-    @cached_property
-    def _file(self) -> dict[str, Any]:
-        return tomllib.loads((self.path / STUDY_FILE).read_text(encoding="utf-8"))
-
     @property
     def provenance(self) -> dict[str, Any]:
-        """When it was made, with which versions, on which data (fingerprint)."""
-        return dict(self._file["provenance"])
+        """When it was made, with which versions, on which data (fingerprint). Raises InputError if it is damaged."""
+        file = self.path / STUDY_FILE
+        try:
+            return dict(tomllib.loads(file.read_text(encoding="utf-8"))["provenance"])
+        except (ValueError, KeyError) as error:
+            raise InputError(f"{file}: damaged: {error}; put the file of the same run back") from None
 
     @property
     def spec(self) -> StudySpec:
-        return StudySpec.model_validate({k: v for k, v in self._file.items() if k != "provenance"})
+        """As it was resolved when the study began. Raises InputError if the file is damaged."""
+        return StudySpec.load(self.path / STUDY_FILE)
 
     def trials(self) -> pa.Table:
         """One row a trial; columns as in `search.ledger.TrialRow`."""
@@ -114,8 +114,8 @@ def summarise(name: str, trials: int, rows: list[TrialRow]) -> Summary:
     return Summary(
         name=name,
         trials=trials,
-        states=Counter(row.state for row in rows),
-        statuses=Counter(row.status for row in rows if row.status is not None),
+        states=dict(Counter(row.state for row in rows)),
+        statuses=dict(Counter(row.status for row in rows if row.status is not None)),
         leaders=leaders,
         activations=[_summarise_activation(name, its_rows) for name, its_rows in of_activation.items()],
         no_latent_nelbo=baselines[0] if baselines else None,

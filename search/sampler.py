@@ -168,7 +168,8 @@ class StudySearcher(Searcher):
         if status in ("diverged", "oom") and objective is not None:
             trial.report(objective, row.epochs + 1)
         self.study.tell(trial, objective if state == "COMPLETE" else None, state=TrialState[state])
-        self.failures = [*self.failures, row] if state == "FAIL" else []
+        if not self.gave_up:  # which is for good, also when a trial still under way ends well
+            self.failures = [*self.failures, row] if state == "FAIL" else []
         for listener in self.events:
             listener.trial_ended(row)
 

@@ -88,7 +88,9 @@ def _distribution(name: str, entry: Entry) -> BaseDistribution:
 
 def _nearest(value: Any, dist: BaseDistribution) -> object:
     if isinstance(dist, CategoricalDistribution):
-        return value if value in dist.choices else dist.choices[0]
+        if value in dist.choices or isinstance(value, str):
+            return value if value in dist.choices else dist.choices[0]
+        return min(dist.choices, key=lambda choice: abs(choice - value))
     assert isinstance(dist, FloatDistribution | IntDistribution)
     return min(max(value, dist.low), dist.high)
 

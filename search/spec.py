@@ -1,8 +1,8 @@
 """The study file: what is searched, on which data, with which budget. Checked here, once; light to import."""
 
 import difflib
+import math
 import re
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
 from pydantic import model_validator as pydantic_model_validator
 
+from search.study_file import explain, read_study_file, set_dotted
 from vae.config import (
     ActivationName,
     Binarize,
@@ -28,9 +29,6 @@ Params = dict[str, Any]
 
 KNOWN_SOURCES = ("digits", "mnist", "fashion-mnist")
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-MAX_ERRORS_SHOWN = 3
-FOLLOWING = ("name", "kl_warmup_epochs", "grace_epochs")
-"""Keys whose defaults follow others: a study file to start from leaves them commented out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +53,8 @@ def _number(value: object, kind: type, name: str) -> float | int:
             raise ValueError(f"{name} must be a number, got {value!r}") from None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
     if kind is int and float(value) != int(value):
         raise ValueError(f"{name} must be a whole number, got {value!r}")
     return kind(value)
@@ -84,7 +84,7 @@ def _numeric_entry(kind: type, low: float, high: float, *, open_low: bool = Fals
 def _parse_range(value: Mapping[str, object], check: Callable[[object, str], float | int]) -> Range:
     unknown = set(value) - {"low", "high", "log"}
     if unknown:
-        raise ValueError(f"a range has low, high and log, not {', '.join(sorted(unknown))}")
+        raise ValueError(f"a range has low, high and log, not {', '.join(sorted(map(str, unknown)))}")
     if not {"low", "high"} <= set(value):
         raise ValueError("a range needs both low and high")
     low, high, log = check(value["low"], "low"), check(value["high"], "high"), value.get("log", False)
@@ -115,6 +115,14 @@ def _parse_activation(value: object) -> Entry:
         return str(name)
 
     return _parse_list([check(v) for v in value]) if isinstance(value, list | tuple) else check(value)
+
+
+def _parse_concurrency(value: object) -> int | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f'give a whole number from 1, or "auto", not {value!r}')
+    return value
 
 
 def _dump_entry(entry: Entry) -> object:
@@ -206,7 +214,7 @@ class SamplerSpec(_Section):
 class SchedulerSpec(_Section):
     kind: Literal["asha", "none"] = Field("asha", description="asha (stops poor trials early) | none")
     grace_epochs: int = Field(3, ge=1, description="epochs after the KL warm-up before a trial may be stopped")
-    reduction_factor: float = Field(3, gt=1, description="one in this many goes on at each rung")
+    reduction_factor: float = Field(3, ge=1.1, description="one in this many goes on at each rung")
 
 
 class ExportSpec(_Section):
@@ -216,14 +224,14 @@ class ExportSpec(_Section):
 class ResourcesSpec(_Section):
     cpus_per_trial: int = Field(1, ge=1, description="cores, and torch's threads")
     gpus_per_trial: float = Field(0, ge=0, description="0, a share such as 0.25, or a whole number")
-    concurrency: int | Literal["auto"] = Field("auto", description="trials at once; auto: as many as fit")
+    concurrency: Annotated[int | Literal["auto"], PlainValidator(_parse_concurrency)] = Field(
+        "auto", description="trials at once; auto: as many as fit"
+    )
 
     @pydantic_model_validator(mode="after")
     def _check(self) -> "ResourcesSpec":
         if self.gpus_per_trial > 1 and self.gpus_per_trial != int(self.gpus_per_trial):
             raise ValueError("gpus_per_trial beyond 1 must be a whole number")
-        if self.concurrency != "auto" and self.concurrency < 1:
-            raise ValueError("concurrency must be at least 1")
         return self
 
 
@@ -254,12 +262,14 @@ class StudySpec(_Section):
         """The name follows the data; warm-up and grace shrink with a short budget, unless they were given."""
         if not isinstance(values, dict):
             return values
-        source = _given(values, "data", "source", "digits")
-        max_epochs = _given(values, "budget", "max_epochs", 60)
-        if not isinstance(max_epochs, int) or max_epochs < 1:
-            return values  # the error comes from the field itself
+        filled: dict[str, Any] = {k: v for k, v in values.items() if v is not None}  # YAML's empty sections
+        source = _given(filled, "data", "source", "digits")
         stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(str(source)).stem).strip("-._")
-        filled: dict[str, Any] = {**values, "name": values.get("name") or stem or "study"}
+        filled["name"] = filled.get("name") or stem or "study"
+        try:
+            max_epochs = max(1, int(float(_given(filled, "budget", "max_epochs", 60))))
+        except (TypeError, ValueError, OverflowError):
+            return filled  # the error comes from the field itself
         following: tuple[tuple[str, str, object], ...] = (
             ("train", "kl_warmup_epochs", min(5, max_epochs // 6)),
             ("scheduler", "grace_epochs", min(3, max_epochs)),
@@ -300,12 +310,12 @@ class StudySpec(_Section):
         values = read_study_file(path) if path is not None else {}
         overrides = dict(overrides or {})
         for key, value in overrides.items():
-            _set_dotted(values, key, value)
+            set_dotted(values, key, value)
         try:
             return cls.model_validate(values)
         except ValidationError as error:
             where = str(path) if path is not None else "study"
-            raise InputError("\n".join(_explain(error, where, overrides))) from None
+            raise InputError("\n".join(explain(error, cls, where, overrides))) from None
 
     def data_config(self) -> DataConfig:
         return DataConfig(**self.data.model_dump(), seed=self.seed)
@@ -350,94 +360,17 @@ class StudySpec(_Section):
         return _without_none(self.model_dump(mode="json"))
 
 
-def read_study_file(path: Path) -> dict[str, Any]:
-    """The keys of a TOML or YAML file. `[provenance]`, which a stored study.toml carries, is left out."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; `vaesearch init > {path}` writes one to start from") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    try:
-        if path.suffix.lower() in {".yaml", ".yml"}:
-            import yaml
-
-            values = yaml.safe_load(text) or {}
-        else:
-            values = tomllib.loads(text)
-    except Exception as error:  # yaml and tomllib raise unrelated types
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: not valid {'YAML' if path.suffix != '.toml' else 'TOML'}: {reason}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: expected keys and values, got a {type(values).__name__}")
-    values.pop("provenance", None)
-    return values
-
-
-def parse_value(text: str) -> object:
-    """The value of `--set key=value`: read as TOML, else taken as text."""
-    try:
-        return tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
 def spec_diff(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
     """The lines that tell two `identity` mappings apart."""
     keys = [k for k in {**old, **new} if old.get(k) != new.get(k)]
     return [f"{key}: {old.get(key, 'unset')} -> {new.get(key, 'unset')}" for key in keys]
 
 
-def commented_study_file() -> str:
-    """A study file with every key at its default, each with its unit and choices."""
-    lines = ["# A study for `vaesearch run THIS_FILE`. Every key is at its default; delete what you do not need."]
-    lines += _commented_keys(StudySpec(), skip_sections=True)
-    for section_name, section in StudySpec():
-        if isinstance(section, BaseModel):
-            lines += ["", f"[{section_name}]"]
-            if section_name == "space":
-                lines.append("# A value fixes a parameter, a list enumerates it, {low, high, log} ranges over it.")
-            lines += _commented_keys(section)
-    return "\n".join(lines) + "\n"
-
-
-def _commented_keys(section: BaseModel, skip_sections: bool = False) -> Iterator[str]:
-    for key, field in type(section).model_fields.items():
-        if skip_sections and isinstance(getattr(section, key), BaseModel):
-            continue
-        value = section.model_dump(mode="json")[key]
-        line = f"# {key} =" if value is None else f"{key} = {_toml_inline(value)}"
-        if key in FOLLOWING:
-            line = f"# {line}"
-        yield f"{line}  # {field.description}" if len(line) < 60 else f"# {field.description}\n{line}"
-
-
-def _toml_inline(value: object) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return f'"{value}"'
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_toml_inline, value)) + "]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{k} = {_toml_inline(v)}" for k, v in value.items()) + "}"
-    return repr(value)
-
-
-def _given(values: Mapping[str, Any], section: str, key: str, default: object) -> object:
+def _given(values: Mapping[str, Any], section: str, key: str, default: object) -> Any:
     found = values.get(section, {})
     if isinstance(found, BaseModel):
         return getattr(found, key)
     return found.get(key, default) if isinstance(found, Mapping) else default
-
-
-def _set_dotted(values: dict[str, Any], dotted: str, value: object) -> None:
-    *parents, last = dotted.split(".")
-    for parent in parents:
-        values = values.setdefault(parent, {})
-        if not isinstance(values, dict):
-            raise InputError(f"{dotted}: {parent} is a value, not a section")
-    values[last] = value
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -452,36 +385,3 @@ def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _without_none(v) for k, v in value.items() if v is not None}
     return value
-
-
-def _explain(error: ValidationError, where: str, overrides: Mapping[str, object]) -> Iterator[str]:
-    """One line an error: where, what, and what would do."""
-    errors = error.errors(include_url=False)
-    for detail in errors[:MAX_ERRORS_SHOWN]:
-        path = [str(part) for part in detail["loc"]]
-        key = ".".join(path)
-        origin = f"--set {key}" if any(key == k or key.startswith(f"{k}.") for k in overrides) else where
-        prefix = f"{origin}: {key}" if key and origin == where else origin
-        if detail["type"] == "extra_forbidden":
-            yield f"{prefix}: unknown key; {_nearest_key(path)}"
-            continue
-        message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
-        shown = detail.get("input")
-        tells_value = detail["type"] == "value_error" or not isinstance(shown, str | int | float | bool)
-        yield f"{prefix}: {message}" if tells_value else f"{prefix} = {shown!r} {message}"
-    if len(errors) > MAX_ERRORS_SHOWN:
-        yield f"... and {len(errors) - MAX_ERRORS_SHOWN} more"
-
-
-def _nearest_key(path: list[str]) -> str:
-    section: type[BaseModel] | None = StudySpec
-    for part in path[:-1]:
-        field = section.model_fields.get(part) if section else None
-        section = type(field.default) if field and isinstance(field.default, BaseModel) else None
-    known = list(section.model_fields) if section else []
-    scores = {k: difflib.SequenceMatcher(None, path[-1], k).ratio() for k in known}
-    parts = {k: max(difflib.SequenceMatcher(None, w, k).ratio() for w in path[-1].split("_")) for k in known}
-    near = max(known, key=lambda k: max(scores[k], parts[k]), default=None)
-    if near is not None and max(scores[near], parts[near]) >= 0.6:
-        return f"did you mean {near}?"
-    return f"known here: {', '.join(known)}"

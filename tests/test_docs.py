@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from search.ledger import EPOCHS, TRIALS, EpochRow, Ledger, TrialRow
-from search.query import STUDIES, query
 from search.results import write_study_file
 from search.spec import StudySpec
+from search.sql import STUDIES, query
 
 ROOT = Path(__file__).parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "docs" / "results.md"

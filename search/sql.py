@@ -8,9 +8,8 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
-import pyarrow.dataset as ds
 
-from search.ledger import SCHEMAS, part_files
+from search.ledger import SCHEMAS, read_table
 from search.results import Study, list_studies
 from vae.config import InputError
 
@@ -39,7 +38,7 @@ def query(sql: str, storage: Path, time_limit_s: float = TIME_LIMIT_S) -> pa.Tab
     studies = list_studies(storage)
     if not studies:
         raise InputError(f"{storage}: there is no study there; name the folder of your studies with --storage")
-    with _connection(studies) as connection:
+    with _connection(sql, studies) as connection:
         _check_statement(sql)
         timer = threading.Timer(time_limit_s, connection.interrupt)
         timer.start()
@@ -64,7 +63,7 @@ def _check_statement(sql: str) -> None:
 
 
 @contextmanager
-def _connection(studies: list[Study]) -> Iterator[duckdb.DuckDBPyConnection]:
+def _connection(sql: str, studies: list[Study]) -> Iterator[duckdb.DuckDBPyConnection]:
     """An in-memory database that sees the views and, from then on, no file and no network."""
     config: dict[str, str | bool | int | float | list[str]] = {
         "autoinstall_known_extensions": "false",
@@ -75,9 +74,11 @@ def _connection(studies: list[Study]) -> Iterator[duckdb.DuckDBPyConnection]:
     try:
         connection.register("studies", _studies_table(studies))
         for table, schema in SCHEMAS.items():
-            # files by name: a half-written or stray one in the folder must not spoil every query
-            files = [str(file) for study in studies for file in part_files(study.path, table)]
-            connection.register(table, ds.dataset(files, schema=schema) if files else schema.empty_table())
+            # Read whole, once: a view over the files would open them again for every mention, and a part that
+            # was replaced in between spoils the query. A table that the SQL does not name is not read.
+            named = studies if table in sql.lower() else []
+            tables = [schema.empty_table(), *(read_table(study.path, table) for study in named)]
+            connection.register(table, pa.concat_tables(tables))
         connection.execute("SET enable_external_access = false")
         connection.execute("SET lock_configuration = true")
         yield connection

@@ -1,0 +1,543 @@
+"""The searcher alone, fed by hand: what Optuna is told of every end of a trial, and how the ledger tells it again."""
+
+import math
+import random
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pyarrow.parquet as pq
+import pytest
+from optuna.trial import FrozenTrial, TrialState
+from ray.tune.search import Searcher
+
+from search.ledger import Ledger, TrialRow, read_table, read_trials
+from search.sampler import StudySearcher
+from search.space import Space
+from search.spec import StudySpec
+
+NO_LATENT = 30.0  # nats, in every result made here
+RUNGS_AND_END = (2, 3, 6)
+CONSTRAINTS = ("collapsed", "diverged", "oom")
+
+
+def make_spec(**sections: Any) -> StudySpec:
+    values: dict[str, Any] = {
+        "name": "s",
+        "budget": {"trials": 20, "max_epochs": 6},
+        "sampler": {"startup_trials": 4},
+        "scheduler": {"grace_epochs": 1},
+    }
+    for section, value in sections.items():
+        values[section] = {**values.get(section, {}), **value} if isinstance(value, dict) else value
+    return StudySpec.model_validate(values)
+
+
+class Desk:
+    """A searcher over a real ledger, and by hand what Tune and the workers do."""
+
+    def __init__(self, path: Path, spec: StudySpec | None = None) -> None:
+        self.path, self.spec = path, spec or make_spec()
+        self.ledger = Ledger(path)
+        curves: dict[int, dict[int, float]] = {}
+        for row in read_table(path, "epochs").to_pylist():
+            curves.setdefault(row["trial"], {})[row["epoch"]] = row["val_nelbo"]
+        self.searcher = StudySearcher(self.spec, self.ledger, read_trials(path), curves, [])
+        self.num_asked = 0
+
+    def ask(self) -> tuple[str, dict[str, Any]]:
+        trial_id = f"tune-{self.num_asked}"
+        self.num_asked += 1
+        config = self.searcher.suggest(trial_id)
+        assert isinstance(config, dict), config
+        return trial_id, config
+
+    def end(self, trial_id: str, result: dict[str, Any] | None, error: bool = False) -> None:
+        """As Tune does it: the last result comes with the end and not before it."""
+        self.searcher.on_trial_complete(trial_id, result, error)
+        self.ledger.flush()
+
+    def row(self, number: int) -> TrialRow:
+        self.ledger.flush()
+        return read_trials(self.path)[number]
+
+    def told(self, number: int) -> FrozenTrial:
+        return self.searcher.study.get_trials(deepcopy=False)[number]
+
+    def reborn(self, path: Path) -> "Desk":
+        """Another driver, later, on a copy of what is on disk."""
+        self.ledger.flush()
+        shutil.copytree(self.path, path)
+        return Desk(path, self.spec)
+
+
+def result(
+    values: dict[int, float], *, final: bool = False, status: str = "ok", reason: str | None = None, **more: Any
+) -> dict[str, Any]:
+    """What search.trial.VaeTrial reports of the epochs in `values`, and Tune adds to it."""
+    epochs = [
+        {
+            "epoch": epoch,
+            "train_nelbo": value + 1,
+            "train_recon": value - 1,
+            "train_kl": 2.0,
+            "val_nelbo": value,
+            "val_recon": value - 3,
+            "val_kl": 3.0,
+            "active_units": 2,
+            "grad_norm": 1.0,
+            "clipped_steps": 0,
+            "kl_weight": 1.0,
+            "wall_s": 0.1,
+            "samples_per_s": 1000.0,
+        }
+        for epoch, value in values.items()
+    ]
+    return {
+        "epochs": epochs,
+        "epoch": max(values, default=0),
+        "objective": values[max(values)] if values else math.inf,
+        "final": final,
+        "status": status,
+        "reason": reason,
+        "attempt": 1,
+        "num_parameters": 100,
+        "no_latent_nelbo": NO_LATENT,
+        "device": "cpu",
+        "train_wall_s": 0.5,
+        "done": final or status != "ok",
+        "hostname": "here",
+        "pid": 7,
+        **more,
+    }
+
+
+def curve(first: int, last: int, start: float = 29.0) -> dict[int, float]:
+    return {epoch: start - 0.5 * epoch for epoch in range(first, last + 1)}
+
+
+def essence(trial: FrozenTrial) -> tuple[object, ...]:
+    """All of a trial that a sampler looks at."""
+    return (
+        trial.number,
+        trial.state,
+        trial.params,
+        trial.distributions,
+        trial.values,
+        trial.intermediate_values,
+        {name: trial.constraints.get(name) for name in CONSTRAINTS},
+    )
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    return Desk(tmp_path / "s")
+
+
+# ---- what became of a trial, and what Optuna is told
+
+
+def test_a_trial_trained_to_its_end_is_complete_with_its_last_validation_value(desk):
+    trial_id, _ = desk.ask()
+    desk.searcher.on_trial_result(trial_id, result(curve(1, 3)))
+    desk.end(trial_id, result(curve(4, 6), final=True))
+    told, row = desk.told(0), desk.row(0)
+    assert (told.state, told.value) == (TrialState.COMPLETE, 26.0)
+    assert told.intermediate_values == curve(1, 6)
+    assert told.constraints == dict.fromkeys(CONSTRAINTS, 0.0)
+    assert (row.state, row.status, row.objective, row.val_nelbo, row.epochs) == ("COMPLETE", "ok", 26.0, 26.0, 6)
+    assert (row.reason, row.num_parameters, row.host, row.pid) == (None, 100, "here", 7)
+    assert row.ended_at >= row.suggested_at
+
+
+def test_a_stopped_trial_is_pruned_after_its_last_values_were_reported(desk):
+    """Tune keeps the result on which a trial is stopped from on_trial_result: it must not be lost."""
+    trial_id, _ = desk.ask()
+    desk.searcher.on_trial_result(trial_id, result(curve(1, 1)))
+    desk.end(trial_id, result(curve(2, 3)))
+    told, row = desk.told(0), desk.row(0)
+    assert (told.state, told.value) == (TrialState.PRUNED, 27.5)
+    assert told.intermediate_values == curve(1, 3)
+    assert (row.state, row.status, row.objective, row.val_nelbo, row.epochs) == ("PRUNED", "ok", None, 27.5, 3)
+
+
+def test_a_trial_stopped_on_its_first_result_is_pruned_with_its_values(desk):
+    trial_id, _ = desk.ask()
+    desk.end(trial_id, result(curve(1, 2)))
+    assert desk.told(0).intermediate_values == curve(1, 2)
+    assert desk.told(0).state == TrialState.PRUNED
+
+
+def test_a_collapsed_trial_is_complete_with_its_value_and_violates_its_constraint(desk):
+    trial_id, _ = desk.ask()
+    desk.end(trial_id, result(curve(1, 6, 33.5), final=True, status="collapsed", reason="no active latent unit"))
+    told, row = desk.told(0), desk.row(0)
+    assert (told.state, told.value) == (TrialState.COMPLETE, 30.5)
+    assert told.constraints == {"collapsed": 1.0, "diverged": 0.0, "oom": 0.0}
+    assert (row.state, row.status, row.reason) == ("COMPLETE", "collapsed", "no active latent unit")
+
+
+@pytest.mark.parametrize("status", ["diverged", "oom"])
+@pytest.mark.parametrize("epochs_before", [0, 3])
+def test_a_trial_that_blew_up_is_pruned_with_a_finite_penalty_and_violates_its_constraint(desk, status, epochs_before):
+    trial_id, _ = desk.ask()
+    if epochs_before:
+        desk.searcher.on_trial_result(trial_id, result(curve(1, epochs_before)))
+    desk.end(trial_id, result({}, status=status, reason="why"))
+    told, row = desk.told(0), desk.row(0)
+    assert told.state == TrialState.PRUNED
+    assert told.constraints == {name: float(name == status) for name in CONSTRAINTS}
+    assert math.isfinite(told.value)
+    assert told.value > NO_LATENT  # worse than a model that has learned nothing
+    assert max(told.intermediate_values) == epochs_before + 1
+    assert {e: v for e, v in told.intermediate_values.items() if e <= epochs_before} == curve(1, epochs_before)
+    assert (row.state, row.status, row.reason, row.epochs) == ("PRUNED", status, "why", epochs_before)
+    assert row.objective == told.value
+    assert row.val_nelbo == (27.5 if epochs_before else None)
+
+
+def test_a_trial_whose_model_could_not_even_be_built_is_pruned_too(desk):
+    trial_id, _ = desk.ask()
+    unbuilt = {"no_latent_nelbo": None, "num_parameters": None, "device": None, "train_wall_s": 0.0}
+    desk.end(trial_id, result({}, status="oom", reason="can't allocate memory", **unbuilt))
+    assert desk.told(0).state == TrialState.PRUNED
+    assert desk.told(0).constraints["oom"] == 1.0
+    assert (desk.row(0).state, desk.row(0).status) == ("PRUNED", "oom")
+
+
+def test_an_error_is_a_failure_with_its_reason_in_the_ledger(desk):
+    trial_id, _ = desk.ask()
+    desk.end(trial_id, result(curve(1, 2), status="error", reason="RuntimeError: boom"))
+    row = desk.row(0)
+    assert desk.told(0).state == TrialState.FAIL
+    assert (row.state, row.status, row.reason, row.objective) == ("FAIL", "error", "RuntimeError: boom", None)
+    assert read_table(desk.path, "epochs")["epoch"].to_pylist() == [1, 2]
+
+
+def test_a_worker_lost_for_good_is_a_failure_that_says_what_took_it(desk):
+    trial_id, _ = desk.ask()
+    desk.searcher.on_trial_result(trial_id, result(curve(1, 2)))
+    desk.searcher.worker_lost(trial_id, "The actor died unexpectedly")
+    desk.end(trial_id, None, error=True)
+    row = desk.row(0)
+    assert desk.told(0).state == TrialState.FAIL
+    assert (row.state, row.status) == ("FAIL", "lost")
+    assert "The actor died unexpectedly" in row.reason
+    assert str(desk.spec.budget.max_retries) in row.reason
+
+
+def test_an_interrupted_trial_stays_running_in_the_ledger(desk):
+    trial_id, _ = desk.ask()
+    desk.searcher.on_trial_result(trial_id, result(curve(1, 2)))
+    desk.end(trial_id, None)
+    row = desk.row(0)
+    assert (row.state, row.status, row.ended_at) == ("RUNNING", None, None)
+
+
+def test_an_end_is_heard_once(desk):
+    trial_id, _ = desk.ask()
+    desk.end(trial_id, result(curve(1, 6), final=True))
+    before = desk.row(0)
+    desk.end(trial_id, None, error=True)
+    desk.end("never heard of", result(curve(1, 2)))
+    assert desk.row(0) == before
+    assert len(desk.searcher.study.get_trials()) == 1
+
+
+def test_epochs_that_a_retried_trial_reports_again_are_neither_doubled_nor_told_twice(desk):
+    trial_id, _ = desk.ask()
+    desk.searcher.on_trial_result(trial_id, result(curve(1, 3)))
+    desk.searcher.worker_lost(trial_id, "killed")
+    desk.searcher.on_trial_result(trial_id, result(curve(1, 4), attempt=2))  # Optuna would warn of a second report
+    desk.end(trial_id, result(curve(5, 6), final=True, attempt=2))
+    epochs = read_table(desk.path, "epochs")
+    assert epochs["epoch"].to_pylist() == [1, 2, 3, 4, 5, 6]
+    assert epochs["attempt"].to_pylist() == [1, 1, 1, 2, 2, 2]
+    assert desk.told(0).intermediate_values == curve(1, 6)
+    assert desk.row(0).attempts == 2
+
+
+# ---- the ledger
+
+
+def test_a_suggestion_is_on_disk_when_it_is_handed_out(desk):
+    for number in range(3):
+        _, config = desk.ask()
+        stored = [row for file in desk.path.glob("trials/*.parquet") for row in pq.read_table(file).to_pylist()]
+        assert [row["trial"] for row in stored] == list(range(number + 1))
+        last = stored[-1]
+        assert last["state"] == "RUNNING"
+        assert last["seed"] == config["seed"]
+        assert last["attempts"] == 1
+        assert {name: last[name] for name in ("activation", "dropout", "learning_rate", "latent_dim")} == {
+            name: config["params"][name] for name in ("activation", "dropout", "learning_rate", "latent_dim")
+        }
+        assert last["leaky_relu_slope"] == config["params"].get("leaky_relu_slope")
+
+
+OUTCOMES = ("complete", "stopped", "collapsed", "diverged", "diverged at once", "oom unbuilt", "error", "lost", "live")
+
+
+def play(desk: Desk, rng: random.Random, trials: int) -> Counter[str]:
+    """Let `trials` trials end in every way there is, out of order, some not at all."""
+    open_, seen = [], Counter[str]()
+    for _ in range(trials):
+        open_.append(desk.ask()[0])
+        if rng.random() < 0.3 and len(open_) < 4:
+            continue  # several at once
+        trial_id = open_.pop(rng.randrange(len(open_)))
+        outcome = rng.choice(OUTCOMES)
+        seen[outcome] += 1
+        values = {e: rng.uniform(22, 35) for e in range(1, 7)}
+        early = {e: values[e] for e in range(1, rng.choice(RUNGS_AND_END[:-1]) + 1)}
+        if rng.random() < 0.5 and outcome not in ("diverged at once", "oom unbuilt"):
+            desk.searcher.on_trial_result(trial_id, result({1: values[1]}))
+            values.pop(1)
+            early.pop(1)
+        match outcome:
+            case "complete":
+                desk.end(trial_id, result(values, final=True))
+            case "stopped":
+                desk.end(trial_id, result(early))
+            case "collapsed":
+                desk.end(trial_id, result(values, final=True, status="collapsed", reason="?"))
+            case "diverged":
+                desk.end(trial_id, result(early, status="diverged", reason="?"))
+            case "diverged at once":
+                desk.end(trial_id, result({}, status="diverged", reason="?"))
+            case "oom unbuilt":
+                desk.end(trial_id, result({}, status="oom", reason="?", no_latent_nelbo=None, num_parameters=None))
+            case "error":
+                desk.end(trial_id, result(early, status="error", reason="?"))
+            case "lost":
+                desk.end(trial_id, None, error=True)
+            case "live":
+                desk.end(trial_id, None)
+    return seen
+
+
+def test_a_study_rebuilt_from_the_ledger_equals_the_live_one_and_suggests_the_same_next(tmp_path):
+    seen = Counter[str]()
+    for seed in range(5):
+        spec = make_spec(seed=seed, budget={"trials": 40, "max_consecutive_failures": 40})
+        desk = Desk(tmp_path / f"live-{seed}", spec)
+        seen += play(desk, random.Random(seed), trials=16)
+        again = desk.reborn(tmp_path / f"again-{seed}")
+        live, rebuilt = desk.searcher.study.get_trials(), again.searcher.study.get_trials()
+        assert len(live) == len(rebuilt) == 16
+        running = [trial for trial in live if trial.state == TrialState.RUNNING]
+        waiting = [trial for trial in rebuilt if trial.state == TrialState.WAITING]
+        assert [t.number for t in running] == [t.number for t in waiting]
+        assert [t.params for t in running] == [t.system_attrs["fixed_params"] for t in waiting]
+        ended = [trial for trial in live if trial.state.is_finished()]
+        assert [essence(t) for t in ended] == [essence(t) for t in rebuilt if t.state.is_finished()]
+        for trial in waiting:  # what was under way comes first
+            assert again.ask()[1]["trial"] == trial.number
+        for _ in range(2):
+            assert desk.ask()[1] == again.ask()[1]
+    assert set(seen) == set(OUTCOMES)
+
+
+def test_no_trial_is_left_running_in_optuna_when_all_have_ended(tmp_path):
+    ends = [
+        (result(curve(1, 6), final=True), False),
+        (result(curve(1, 2)), False),
+        (result(curve(1, 6), final=True, status="collapsed", reason="?"), False),
+        (result({}, status="diverged", reason="?"), False),
+        (result({}, status="oom", reason="?", no_latent_nelbo=None), False),
+        (result(curve(1, 1), status="error", reason="?"), False),
+        (None, True),
+    ]
+    desk = Desk(tmp_path / "s", make_spec(budget={"trials": len(ends)}))
+    ids = [desk.ask()[0] for _ in ends]
+    for trial_id, (last, error) in zip(ids, ends, strict=True):
+        desk.end(trial_id, last, error)
+    assert all(trial.state.is_finished() for trial in desk.searcher.study.get_trials())
+    assert {row.state for row in read_trials(desk.path)} == {"COMPLETE", "PRUNED", "FAIL"}
+
+
+def test_unfinished_trials_are_suggested_again_first_with_number_parameters_and_seed(tmp_path):
+    desk = Desk(tmp_path / "live")
+    asked = [desk.ask() for _ in range(4)]
+    desk.end(asked[1][0], result(curve(1, 6), final=True))
+    desk.searcher.on_trial_result(asked[2][0], result(curve(1, 2)))
+    again = desk.reborn(tmp_path / "again")
+    for number in (0, 2, 3):
+        _, config = again.ask()
+        assert config == {**asked[number][1], "attempts_before": 1}
+        assert again.row(number).attempts == 2
+    assert again.ask()[1]["trial"] == 4
+    third = again.reborn(tmp_path / "third")
+    assert third.ask()[1] == {**asked[0][1], "attempts_before": 2}
+    assert third.row(0).attempts == 3
+
+
+def test_a_trial_that_goes_on_after_a_crash_ends_as_if_nothing_had_happened(tmp_path):
+    desk = Desk(tmp_path / "live")
+    trial_id, _ = desk.ask()
+    desk.searcher.on_trial_result(trial_id, result(curve(1, 3)))
+    again = desk.reborn(tmp_path / "again")
+    desk.end(trial_id, result(curve(4, 6), final=True))
+    trial_id, config = again.ask()
+    again.searcher.on_trial_result(trial_id, result(curve(1, 5), attempt=config["attempts_before"] + 1))
+    again.end(trial_id, result(curve(6, 6), final=True, attempt=2))
+    assert essence(again.told(0)) == essence(desk.told(0))
+    assert read_table(again.path, "epochs")["epoch"].to_pylist() == [1, 2, 3, 4, 5, 6]
+
+
+# ---- when it stops suggesting
+
+
+def test_suggestions_end_with_the_budget(tmp_path):
+    desk = Desk(tmp_path / "s", make_spec(budget={"trials": 3}))
+    ids = [desk.ask()[0] for _ in range(3)]
+    assert desk.searcher.suggest("more") == Searcher.FINISHED
+    desk.end(ids[0], result(curve(1, 6), final=True))
+    assert desk.searcher.suggest("more") == Searcher.FINISHED
+    assert len(read_trials(desk.path)) == 3
+    assert not desk.searcher.gave_up
+
+
+def fail(desk: Desk) -> None:
+    desk.end(desk.ask()[0], result({}, status="error", reason=f"number {desk.num_asked - 1}"))
+
+
+def test_it_gives_up_after_failures_in_a_row_and_keeps_the_first_reason(tmp_path):
+    desk = Desk(tmp_path / "s", make_spec(budget={"max_consecutive_failures": 3}))
+    for _ in range(3):
+        assert not desk.searcher.gave_up
+        fail(desk)
+    assert desk.searcher.gave_up
+    assert desk.searcher.suggest("more") == Searcher.FINISHED
+    assert [row.reason for row in desk.searcher.failures] == ["number 0", "number 1", "number 2"]
+
+
+@pytest.mark.parametrize("other_end", ["complete", "stopped", "diverged"])
+def test_failures_that_are_not_in_a_row_do_not_count(tmp_path, other_end):
+    desk = Desk(tmp_path / "s", make_spec(budget={"max_consecutive_failures": 3}))
+    ends = {
+        "complete": result(curve(1, 6), final=True),
+        "stopped": result(curve(1, 2)),
+        "diverged": result({}, status="diverged", reason="?"),
+    }
+    for _ in range(2):
+        fail(desk)
+        fail(desk)
+        desk.end(desk.ask()[0], ends[other_end])
+    fail(desk)
+    fail(desk)
+    assert not desk.searcher.gave_up
+    fail(desk)
+    assert desk.searcher.gave_up
+
+
+def test_giving_up_is_for_good_also_when_a_trial_still_under_way_ends_well(tmp_path):
+    """Tune asks no more once it was told FINISHED: whoever looks at `gave_up` afterwards must see it."""
+    desk = Desk(tmp_path / "s", make_spec(budget={"max_consecutive_failures": 2}))
+    slow, _ = desk.ask()
+    fail(desk)
+    fail(desk)
+    assert desk.searcher.suggest("more") == Searcher.FINISHED
+    desk.end(slow, result(curve(1, 6), final=True))
+    assert desk.searcher.gave_up
+
+
+# ---- the samplers
+
+
+def suggestions(path: Path, spec: StudySpec, trials: int) -> list[dict[str, Any]]:
+    """What is suggested when the value of a trial is a known function of its parameters."""
+    desk, configs = Desk(path, spec), []
+    for _ in range(trials):
+        trial_id, config = desk.ask()
+        configs.append(config)
+        params = config["params"]
+        value = 25 + abs(math.log10(params["learning_rate"]) + 2.5) + params["dropout"]
+        desk.end(trial_id, result(dict.fromkeys(range(1, 7), value), final=True))
+    return configs
+
+
+@pytest.mark.parametrize("kind", ["tpe", "random", "gp"])
+def test_suggestions_depend_on_the_seed_alone(tmp_path, kind):
+    def spec(seed: int) -> StudySpec:
+        return make_spec(seed=seed, sampler={"kind": kind})
+
+    first, again, other = (
+        suggestions(tmp_path / name, spec(seed), trials=6) for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    assert first == again
+    assert all(one["params"] != two["params"] for one, two in zip(first[1:], other[1:], strict=True))
+    assert not {config["seed"] for config in first} & {config["seed"] for config in other}
+    assert len({config["seed"] for config in first}) == len(first)
+
+
+@pytest.mark.parametrize("kind", ["tpe", "random", "gp"])
+def test_every_suggestion_lies_in_the_space_and_has_a_slope_only_under_leaky_relu(tmp_path, kind):
+    spec = make_spec(sampler={"kind": kind}, space={"activation": ["leaky_relu", "relu"]})
+    configs = suggestions(tmp_path / "s", spec, trials=6)
+    distributions = Space(spec.space).distributions
+    for config in configs:
+        params = config["params"]
+        assert ("leaky_relu_slope" in params) == (params["activation"] == "leaky_relu")
+        for name, value in params.items():
+            assert distributions[name]._contains(distributions[name].to_internal_repr(value)), (name, value)
+    assert {config["params"]["activation"] for config in configs} == {"leaky_relu", "relu"}
+
+
+def test_the_first_trial_is_the_defaults_of_the_model_and_its_training(tmp_path):
+    from vae.config import ModelConfig, TrainConfig
+
+    params = Desk(tmp_path / "s").ask()[1]["params"]
+    model, train = ModelConfig(input_dim=1), TrainConfig()
+    assert params["activation"] == model.activation
+    assert params["latent_dim"] == model.latent_dim
+    assert params["learning_rate"] == train.learning_rate
+    assert params["dropout"] == model.dropout
+
+
+def diverged_share(path: Path, kind: str, seed: int, told: str = "diverged") -> float:
+    """Share of trials that go over a cliff in the middle of the range of learning rates, after the start-up."""
+    startup, trials = 8, 32
+    spec = make_spec(
+        seed=seed,
+        budget={"trials": trials, "max_consecutive_failures": trials},
+        sampler={"kind": kind, "startup_trials": startup},
+        space={"learning_rate": {"low": 1e-4, "high": 1.0, "log": True}, "activation": "tanh", "latent_dim": 8},
+    )
+    desk, diverged = Desk(path, spec), 0
+    for number in range(trials):
+        trial_id, config = desk.ask()
+        rate = math.log10(config["params"]["learning_rate"])
+        if rate > -2:
+            diverged += number >= startup
+            desk.end(trial_id, result({}, status=told, reason="?"))
+        else:
+            desk.end(trial_id, result(dict.fromkeys(range(1, 7), 25 + abs(rate + 2.7)), final=True))
+    return diverged / (trials - startup)
+
+
+def test_tpe_learns_to_keep_off_a_cliff_of_divergence(tmp_path):
+    told, untold, chance = (
+        sum(diverged_share(tmp_path / f"{kind}-{status}-{seed}", kind, seed, status) for seed in range(2)) / 2
+        for kind, status in (("tpe", "diverged"), ("tpe", "error"), ("random", "diverged"))
+    )
+    assert chance > 0.35  # half of the range lies beyond
+    assert told < 0.6 * chance
+    assert told < 0.8 * untold  # the control: a failure teaches the sampler nothing
+
+
+def test_trials_under_way_are_known_to_the_sampler(tmp_path):
+    """Several at once don't get one suggestion twice, though nothing has ended since."""
+    desk = Desk(tmp_path / "s", make_spec(sampler={"startup_trials": 2}))
+    for _ in range(4):
+        desk.end(desk.ask()[0], result(curve(1, 6), final=True))
+    asked = [desk.ask()[1]["params"] for _ in range(4)]
+    assert len({params["learning_rate"] for params in asked}) == 4
+
+
+def test_optuna_says_nothing_on_its_own(desk, capfd):
+    desk.end(desk.ask()[0], result(curve(1, 6), final=True))
+    assert optuna.logging.get_verbosity() >= optuna.logging.ERROR
+    assert capfd.readouterr() == ("", "")
