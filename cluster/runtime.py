@@ -17,6 +17,9 @@ PRIVATE_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a FutureWarning on zero-GPU trials
+    # the agents of a driver that was killed leave after five misses: 60 s at Ray's default
+    "RAY_DASHBOARD_AGENT_CHECK_PARENT_INTERVAL_S": "2",
+    "RAY_RUNTIME_ENV_AGENT_CHECK_PARENT_INTERVAL_S": "2",
 }
 
 
@@ -65,11 +68,25 @@ def ray_runtime(
 
 @contextlib.contextmanager
 def _connected(ray, **options: object) -> Iterator[None]:  # type: ignore[no-untyped-def]
-    ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    before = {"PYTHONBREAKPOINT": os.environ.get("PYTHONBREAKPOINT")}  # ray.init sends breakpoint() to its debugger
     try:
+        with _our_handler_of_sigterm(ray):
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
         yield
     finally:
         ray.shutdown()
+        _restore_environment(before)
+
+
+@contextlib.contextmanager
+def _our_handler_of_sigterm(ray) -> Iterator[None]:  # type: ignore[no-untyped-def]
+    """Keep ray.init (2.60) from putting its own in place, which ends the driver with status 15."""
+    set_handler = ray._private.utils.set_sigterm_handler
+    ray._private.utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        ray._private.utils.set_sigterm_handler = set_handler
 
 
 def _read_authentication_again() -> None:
@@ -93,8 +110,12 @@ def environment(values: dict[str, str]) -> Iterator[None]:
     try:
         yield
     finally:
-        for key, value in before.items():
-            if value is None:
-                os.environ.pop(key, None)
-            else:
-                os.environ[key] = value
+        _restore_environment(before)
+
+
+def _restore_environment(before: dict[str, str | None]) -> None:
+    for key, value in before.items():
+        if value is None:
+            os.environ.pop(key, None)
+        else:
+            os.environ[key] = value

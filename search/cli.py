@@ -193,7 +193,7 @@ def _run(spec: "StudySpec", address: str | None, extend: int, json: bool) -> Non
     from search.interrupts import Interrupted
     from search.leaderboard import as_json, print_study
     from search.progress import Progress
-    from search.results import Study
+    from search.results import STUDY_FILE, Study
     from search.study import run_study
 
     path = Path(spec.storage.path) / spec.name
@@ -201,9 +201,12 @@ def _run(spec: "StudySpec", address: str | None, extend: int, json: bool) -> Non
         try:
             study = run_study(spec, address=address, extend=extend, events=[progress], say=progress.say)
         except Interrupted as interrupted:
-            summary = Study(path).summary()
+            done = "before the first trial"
+            if (path / STUDY_FILE).is_file():
+                summary = Study(path).summary()
+                done = f"with {summary.ended} of {summary.trials} trials done"
             again = shlex.join(["vaesearch", *_without_extend(sys.argv[1:])])
-            progress.say(f"interrupted with {summary.ended} of {summary.trials} trials done; go on with: {again}")
+            progress.say(f"interrupted {done}; go on with: {again}")
             raise typer.Exit(128 + interrupted.signum) from None
     if json:
         _print_json(as_json(study))

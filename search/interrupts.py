@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM during a search: the first waits for a whole state, the second leaves at once.
+"""SIGINT and SIGTERM during a study: the first waits for a whole state, the second leaves at once.
 
 Ray's own handlers end a driver with a backtrace, and Tune's returns from Ctrl-C as if all were well.
 """
@@ -20,15 +20,27 @@ class Interrupted(BaseException):
 
 
 class Interrupts:
-    """The first SIGINT or SIGTERM waits for the next step of the search; a second one leaves at once."""
+    """Raises Interrupted at the first signal, or where a search is `deferred`, at its next step."""
 
     def __init__(self) -> None:
         self.pending: int | None = None
+        self._deferred = False
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         if self.pending is not None:
             os._exit(128 + signum)
         self.pending = signum
+        if not self._deferred:
+            self.raise_if_pending()
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """In this block, signals wait for a call of `raise_if_pending`."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
 
     def raise_if_pending(self) -> None:
         if self.pending is not None:
@@ -37,7 +49,7 @@ class Interrupts:
 
 @contextlib.contextmanager
 def interrupts_caught() -> Iterator[Interrupts]:
-    """Our handlers in place of Ray's, which end the driver with a backtrace, for the length of a search."""
+    """Our handlers, for the length of a study."""
     interrupts = Interrupts()
     if threading.current_thread() is not threading.main_thread():
         yield interrupts

@@ -73,14 +73,13 @@ def run_study(
     lease.check()
     if Space(spec.space).is_fixed:
         say("the space leaves nothing to choose: every trial is the same configuration with another seed")
-    with contextlib.ExitStack() as stack:
+    with interrupts_caught() as interrupts, contextlib.ExitStack() as stack:
         with ray_runtime(address, data_bytes=data.nbytes) as runtime:
             concurrency = _concurrency(spec, runtime)
             stack.enter_context(_held(lease))  # from here on files are written
             if stored is None or spec != stored.spec:
                 write_study_file(path, spec, _provenance(spec, data, stored))
-            with interrupts_caught() as interrupts:
-                _search(spec, data, path, concurrency, lease, interrupts, events, say)
+            _search(spec, data, path, concurrency, lease, interrupts, events, say)
         from search.publish import publish_best  # torch: only now, so that trials start sooner
 
         study = Study(path)
@@ -138,7 +137,8 @@ def _search(
         interrupts.raise_if_pending()
 
     try:
-        _fit(spec, data, store, searcher, _rebuilt_asha(spec, curves), concurrency, on_step)
+        with interrupts.deferred():
+            _fit(spec, data, store, searcher, _rebuilt_asha(spec, curves), concurrency, on_step)
     finally:
         ledger.flush()
     if searcher.gave_up:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from cluster.runtime import PRIVATE_ENVIRONMENT, Runtime, environment, ray_runtime
+from cluster.runtime import Runtime, ray_runtime
 from search.results import Study
 from search.spec import StudySpec
 from search.study import run_study
@@ -20,12 +20,6 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def ray_here() -> Iterator[Runtime]:
     """The one Ray of this test run: two CPUs, no GPU, on loopback. `run_study` uses it as it finds it."""
-    from ray._raylet import Config
-
-    # Test modules have imported ray by now, and it read RAY_AUTH_MODE then: test_cluster_runtime.py has the claim
-    # that a runtime must cope with that. Until it does, ray is made to read it again.
-    with environment(PRIVATE_ENVIRONMENT):
-        Config.initialize("")
     with ray_runtime(num_cpus=2, num_gpus=0) as runtime:
         yield runtime
 

@@ -1,5 +1,6 @@
 """Whole studies through Ray, on the digits with tiny budgets: what is on disk, what is repeated, what is refused."""
 
+import contextlib
 import glob
 import itertools
 import json
@@ -135,6 +136,14 @@ class Recorder(StudyEvents):
         self.ended[row.trial] = row
 
 
+def read_again_if_replaced(connection: duckdb.DuckDBPyConnection, sql: str) -> list[tuple[int, ...]]:
+    """DuckDB opens a file by its name three times for one answer, and errs if it was replaced in between."""
+    for _ in range(4):
+        with contextlib.suppress(duckdb.Error):
+            return connection.sql(sql).fetchall()
+    return connection.sql(sql).fetchall()
+
+
 @contextmanager
 def polling(path: Path) -> Iterator[list[str]]:
     """Somebody else's SQL over plain globs for as long as the block lasts; faults are listed."""
@@ -147,7 +156,7 @@ def polling(path: Path) -> Iterator[list[str]]:
             pattern = f"{path}/{table}/*.parquet"
             if not glob.glob(pattern):
                 continue
-            rows = connection.sql(f"SELECT {key} FROM read_parquet('{pattern}') ORDER BY ALL").fetchall()
+            rows = read_again_if_replaced(connection, f"SELECT {key} FROM read_parquet('{pattern}') ORDER BY ALL")
             polls[0] += 1
             if len(rows) != len(set(rows)):
                 faults.append(f"a row of {table} is there twice: {rows}")

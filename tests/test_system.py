@@ -332,16 +332,13 @@ def starts_ray(running: Driver) -> bool:
     return any("raylet/raylet" in command_of(pid) for pid in descendants(running.process.pid))
 
 
-RAYS_OWN_HANDLER = pytest.mark.xfail(strict=True, reason="exit status 15: Ray's handler of SIGTERM, until ours is set")
-
-
 @pytest.mark.parametrize(
     ("signum", "code", "while_ray_starts"),
     [
         (signal.SIGINT, 130, False),
         (signal.SIGTERM, 143, False),
         (signal.SIGINT, 130, True),
-        pytest.param(signal.SIGTERM, 143, True, marks=RAYS_OWN_HANDLER),
+        (signal.SIGTERM, 143, True),
     ],
 )
 def test_a_signal_before_the_first_trial_ends_it_too_and_leaves_no_process(tmp_path, signum, code, while_ray_starts):
