@@ -120,7 +120,7 @@ TRIALS = _schema(
         ("dropout", pa.float64(), False),
         ("learning_rate", pa.float64(), False),
         ("latent_dim", pa.int32(), False),
-        ("hidden_dims", pa.list_(pa.int32()), False),
+        ("hidden_dims", pa.list_(pa.int64()), False),
         ("batch_size", pa.int32(), False),
         ("seed", pa.int64(), False),
         ("objective", pa.float64(), True),

@@ -152,7 +152,7 @@ class DataSpec(_Section):
 
 
 class ModelSpec(_Section):
-    hidden_dims: tuple[Annotated[int, Field(ge=1, le=2**31 - 1)], ...] = Field(
+    hidden_dims: tuple[Annotated[int, Field(ge=1, le=2**53)], ...] = Field(
         (128, 128), description="widths of the encoder's hidden layers; the decoder mirrors them"
     )
     likelihood: LikelihoodName = Field("bernoulli", description="p(x|z)")
