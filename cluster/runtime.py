@@ -4,7 +4,9 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -80,13 +82,16 @@ def _connected(ray, **options: object) -> Iterator[None]:  # type: ignore[no-unt
 
 @contextlib.contextmanager
 def _our_handler_of_sigterm(ray) -> Iterator[None]:  # type: ignore[no-untyped-def]
-    """Keep ray.init (2.60) from putting its own in place, which ends the driver with status 15."""
+    """Keep ray.init (2.60) from putting two of its own in place: Python's ends the driver with status 15, the
+    one below Python writes a backtrace first."""
     set_handler = ray._private.utils.set_sigterm_handler
     ray._private.utils.set_sigterm_handler = lambda handler: None
     try:
         yield
     finally:
         ray._private.utils.set_sigterm_handler = set_handler
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 def _read_authentication_again() -> None:

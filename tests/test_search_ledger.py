@@ -83,7 +83,7 @@ ARROW_OF = {
     int: [pa.int32(), pa.int64()],
     float: [pa.float64()],
     datetime: [pa.timestamp("us", tz="UTC")],
-    list[int]: [pa.list_(pa.int32())],
+    list[int]: [pa.list_(pa.int64())],
 }
 
 

@@ -257,7 +257,7 @@ def test_without_arguments_the_digits_are_searched_well_in_under_three_minutes(t
 
 def test_a_driver_killed_again_and_again_ends_with_every_trial_once(tmp_path):
     rng = random.Random(1)
-    arguments = ("run", "--name", "killed", "--trials", "12", *STEADY)
+    arguments = ("run", "--name", "killed", "--trials", "24", *STEADY)
     path = tmp_path / "studies" / "killed"
     trials_file = path / "trials" / "part-00000.parquet"
     kills = 0
@@ -265,13 +265,12 @@ def test_a_driver_killed_again_and_again_ends_with_every_trial_once(tmp_path):
         with driver(*arguments, cwd=tmp_path) as running:
             before = trials_file.stat().st_mtime_ns if trials_file.exists() else 0
             running.wait_until(lambda b=before: trials_file.exists() and trials_file.stat().st_mtime_ns > b)
-            time.sleep(rng.uniform(1, 9))
+            time.sleep(rng.uniform(0.5, 5))
             if running.is_over:
                 break
             family = descendants(running.process.pid)
             helpers = agents(family)
             servers = {pid for pid in family if re.search(r"raylet/raylet|gcs/gcs_server", command_of(pid))}
-            assert len(servers) == 2
             running.process.send_signal(signal.SIGKILL)
             assert running.end() == -signal.SIGKILL
             kills += 1
@@ -288,7 +287,7 @@ def test_a_driver_killed_again_and_again_ends_with_every_trial_once(tmp_path):
     last = run(*arguments, cwd=tmp_path)
     assert last.returncode == 0, last.stderr
     study = open_study(path)
-    assert_whole(study, trials=12)
+    assert_whole(study, trials=24)
     resumed = [row for row in study.rows() if row.attempts > 1]
     assert resumed
     for row in resumed[:2]:
