@@ -105,7 +105,7 @@ def test_a_package_is_that_of_this_repository_or_of_the_installed_distribution(p
 
 
 def test_no_file_tells_where_it_was_made():
-    places = ["/tmp/" + "venv", "/work/" + "main", "/work/" + "shared", "/home/" + "runner"]
+    places = [str(ROOT.resolve()), sys.prefix]
     files = [*ROOT.glob("*.md"), *ROOT.glob("*.toml")]
     for folder in (*PACKAGES, "tests", "docs"):
         files += [file for file in (ROOT / folder).rglob("*") if file.suffix in TEXT_SUFFIXES]
