@@ -20,15 +20,20 @@ def check_batches(spec: StudySpec, data: Dataset) -> None:
         )
 
 
-def same_study(spec: StudySpec, stored: Study, data: Dataset, extend: int) -> StudySpec:
-    """The spec to go on with. Raises InputError with a diff if what is asked for is another study."""
-    old = stored.spec
-    fingerprint = stored.provenance["data_fingerprint"]
+def check_fingerprint(study: Study, data: Dataset) -> None:
+    """Raises InputError if the data are not those the study was made on."""
+    fingerprint = study.provenance["data_fingerprint"]
     if fingerprint != data.fingerprint:
         raise InputError(
-            f"{stored.path}: the study was made on other data (SHA-256 {fingerprint[:12]}..., "
-            f"now {data.fingerprint[:12]}...); bring those back or use another --name"
+            f"{study.path}: the study was made on other data (SHA-256 {fingerprint[:12]}..., "
+            f"those of {data.config.source} have {data.fingerprint[:12]}...); bring those back or use another --name"
         )
+
+
+def same_study(spec: StudySpec, stored: Study, data: Dataset, extend: int) -> StudySpec:
+    """The spec to go on with. Raises InputError with a diff if what is asked for is another study."""
+    check_fingerprint(stored, data)
+    old = stored.spec
     before, after = old.identity(), spec.identity()
     asked = after["budget.trials"]
     if asked in (stored.provenance["trials_at_first"], before["budget.trials"]):

@@ -22,7 +22,7 @@ app = typer.Typer(
 
 DEFAULT_STORAGE = Path("studies")
 
-Storage = Annotated[Path, typer.Option(help="Folder of the studies.", envvar="VAESEARCH_STORAGE", show_envvar=False)]
+Storage = Annotated[Path, typer.Option(help="Folder of the studies.", envvar="VAESEARCH_STORAGE")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Name = Annotated[str, typer.Argument(help="Name of the study.")]
 
@@ -50,7 +50,9 @@ def _options(
 def run(
     study_file: Annotated[Path | None, typer.Argument(help="A study file, TOML or YAML; none: the defaults.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the study.  [default: after the data]")] = None,
-    storage: Annotated[Path | None, typer.Option(help="Folder of the studies.  [default: studies]")] = None,
+    storage: Annotated[
+        Path | None, typer.Option(help="Folder of the studies.  [default: studies]", envvar="VAESEARCH_STORAGE")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="digits, mnist, fashion-mnist or a file.")] = None,
     data_dir: Annotated[str | None, typer.Option(help="Folder with the idx files of mnist.")] = None,
     trials: Annotated[int | None, typer.Option(help="Configurations to try.")] = None,
@@ -67,7 +69,7 @@ def run(
     address: Annotated[str | None, typer.Option(help="A Ray cluster to join.", envvar="RAY_ADDRESS")] = None,
     json: Json = False,
 ) -> None:
-    """Start a study, or go on with it. Without arguments: the digits, in about a minute."""
+    """Start a study, or go on with it. Without arguments: the digits, in half a minute."""
     from search.spec import StudySpec
 
     flags = {
@@ -144,19 +146,21 @@ def export(
     storage: Storage = DEFAULT_STORAGE,
     top: Annotated[int, typer.Option(help="How many of the best.", min=1)] = 1,
     to: Annotated[Path, typer.Option(help="The folder to write.")] = Path("models"),
+    data: Annotated[str | None, typer.Option(help="The data, if they have moved.")] = None,
     data_dir: Annotated[str | None, typer.Option(help="Folder with the idx files, if it has moved.")] = None,
     json: Json = False,
 ) -> None:
     """Write the best models into a folder, each checked after it was written."""
+    from dataclasses import replace
+
     from search.publish import export_best
     from search.results import open_study
     from vae.data import load_data
 
     opened = open_study(storage / study)
-    spec = opened.spec
-    if data_dir is not None:
-        spec = spec.model_copy(update={"data": spec.data.model_copy(update={"data_dir": data_dir})})
-    folders = export_best(opened, load_data(spec.data_config()), top, to)
+    config = opened.spec.data_config()
+    config = replace(config, source=data or config.source, data_dir=data_dir or config.data_dir)
+    folders = export_best(opened, load_data(config), top, to)
     if json:
         _print_json([str(folder) for folder in folders])
     else:
@@ -196,7 +200,7 @@ def _run(spec: "StudySpec", address: str | None, extend: int, json: bool) -> Non
     from search.results import STUDY_FILE, Study
     from search.study import run_study
 
-    path = Path(spec.storage.path) / spec.name
+    path = spec.folder
     with Progress() as progress:
         try:
             study = run_study(spec, address=address, extend=extend, events=[progress], say=progress.say)

@@ -17,10 +17,11 @@ class Asha:
     def __init__(self, rungs: list[int], reduction_factor: float) -> None:
         self._keep_percent = 100 / reduction_factor
         self._recorded: dict[int, dict[int, float]] = {rung: {} for rung in rungs}
+        self._stopped: set[int] = set()  # trials: a verdict stands, also where it was not yet carried out
 
     def may_go_on(self, trial: int, epoch: int, value: float) -> bool:
         """Judge and record a trial at the highest rung it has reached; False if it should stop there."""
-        if not math.isfinite(value):
+        if trial in self._stopped or not math.isfinite(value):
             return False
         reached = [rung for rung in self._recorded if rung <= epoch]
         if not reached or trial in self._recorded[reached[-1]]:
@@ -28,4 +29,6 @@ class Asha:
         recorded = self._recorded[reached[-1]]
         keep = not recorded or value <= float(np.percentile(list(recorded.values()), self._keep_percent))
         recorded[trial] = value
+        if not keep:
+            self._stopped.add(trial)
         return keep

@@ -3,7 +3,6 @@
 import shlex
 from collections.abc import Iterator
 from dataclasses import asdict
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from search.ledger import TrialRow
+from search.output import plain
 from search.progress import activation_text, duration, hidden_text, params_text, shapes_differ
 from search.results import Study, Summary
 from vae.data import SourceStatus
@@ -32,7 +32,7 @@ def print_study(console: Console, study: Study) -> None:
     summary = study.summary()
     console.print(f"[bold]{summary.name}[/bold]: {_counts(summary)}")
     if summary.best is None:
-        console.print("No healthy trial has trained to its last epoch yet.")
+        console.print(_no_verdict(summary), soft_wrap=True)
     else:
         console.print(_verdict(summary), soft_wrap=True)
         console.print(_leaders_table(summary))
@@ -41,7 +41,7 @@ def print_study(console: Console, study: Study) -> None:
     console.print("\n".join(_costs(summary)))
     for folder in study.model_folders():
         console.print(f"model: {folder}", soft_wrap=True)
-    console.print("\n".join(["next:", *next_commands(study)]), soft_wrap=True, style="dim")
+    console.print("\n".join(["next:", *next_commands(study, summary)]), soft_wrap=True, style="dim")
 
 
 def as_json(study: Study) -> dict[str, Any]:
@@ -53,16 +53,17 @@ def as_json(study: Study) -> dict[str, Any]:
         "best": None if summary.best is None else asdict(summary.best),
         "models": [str(folder) for folder in study.model_folders()],
     }
-    return {key: _plain(value) for key, value in values.items()}
+    return {key: plain(value) for key, value in values.items()}
 
 
-def next_commands(study: Study) -> Iterator[str]:
+def next_commands(study: Study, summary: Summary) -> Iterator[str]:
     storage = study.path.parent
     where = "" if storage == Path("studies") else f" --storage {shlex.quote(str(storage))}"
     name = shlex.quote(study.name)
     yield f"  vaesearch show {name}{where} --trials"
     yield (f'  vaesearch query "SELECT activation, min(val_nelbo) FROM trials GROUP BY 1 ORDER BY 2"{where}')
-    yield f"  vaesearch export {name}{where} --top 1 --to model"
+    if summary.best is not None:
+        yield f"  vaesearch export {name}{where} --top 1 --to model"
 
 
 def trials_table(rows: list[TrialRow]) -> Table:
@@ -109,6 +110,15 @@ def _verdict(summary: Summary) -> str:
     return f"best: [bold green]{best.val_nelbo:.3f}[/] nats per example, trial {best.trial}{against}"
 
 
+def _no_verdict(summary: Summary) -> str:
+    text = "no healthy trial has trained to its last epoch"
+    if summary.lowest is None or summary.no_latent_nelbo is None:
+        return text
+    text += f"; the lowest value seen is {summary.lowest:.3f}, a model that ignores its latents has "
+    text += f"{summary.no_latent_nelbo:.3f}"
+    return text + ("; more epochs may help" if summary.is_complete else "")
+
+
 def _leaders_table(summary: Summary) -> Table:
     leaders = summary.leaders[:LEADERS_SHOWN]
     figures = {
@@ -147,11 +157,14 @@ def _activations_table(summary: Summary) -> Table:
 
 
 def _counts(summary: Summary) -> str:
-    words = {"COMPLETE": "in full", "PRUNED": "stopped early", "FAIL": "failed", "RUNNING": "unfinished"}
-    parts = [f"{summary.states[state]} {word}" for state, word in words.items() if summary.states.get(state)]
-    unhealthy = [f"{n} {status}" for status, n in summary.statuses.items() if status not in ("ok",)]
-    notes = f" ({', '.join(unhealthy)})" if unhealthy else ""
-    return f"{summary.ended} of {summary.trials} trials, {', '.join(parts) or 'none begun'}{notes}"
+    counts = {
+        "in full": len(summary.leaders),
+        "stopped early": summary.stopped,
+        **{status: n for status, n in summary.statuses.items() if status != "ok"},
+        "unfinished": summary.states.get("RUNNING", 0),
+    }
+    parts = [f"{count} {word}" for word, count in counts.items() if count]
+    return f"{summary.ended} of {summary.trials} trials, {', '.join(parts) or 'none begun'}"
 
 
 def _costs(summary: Summary) -> Iterator[str]:
@@ -172,13 +185,3 @@ def _table(*columns: str) -> Table:
 
 def _nats(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, datetime):
-        return value.isoformat()
-    if isinstance(value, dict):
-        return {key: _plain(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value

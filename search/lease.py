@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import time
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from search.ledger import write_atomically
@@ -24,20 +25,22 @@ class Lease:
     def __init__(self, study_path: Path) -> None:
         self.path = study_path / "lease.json"
         self._last_beat = 0.0
+        self._me = _Holder(socket.gethostname(), os.getpid(), time.time(), _start_of(os.getpid()))
 
     def check(self) -> None:
-        """Raise LeaseHeld if a living driver holds the study."""
-        try:
-            holder = json.loads(self.path.read_text())
-            host, pid, beat = holder["host"], int(holder["pid"]), float(holder["heartbeat"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return  # none
-        age_s = time.time() - beat
-        dead = host == socket.gethostname() and not _is_alive(pid)
-        if not dead and age_s < STALE_AFTER_S and (host, pid) != (socket.gethostname(), os.getpid()):
+        """Raise LeaseHeld if a living driver holds the study.
+
+        On this host the process tells whether it lives, however long it was stopped; elsewhere its heartbeat.
+        """
+        holder = self._holder()
+        if holder is None or holder == self._me:
+            return
+        here = holder.host == socket.gethostname()
+        age_s = time.time() - holder.heartbeat
+        if _is_alive(holder) if here else age_s < STALE_AFTER_S:
             raise LeaseHeld(
-                f"{self.path.parent} is being worked on by process {pid} on {host}, last heard {age_s:.0f} s ago; "
-                f"wait for it, stop it, or use another --name"
+                f"{self.path.parent} is being worked on by process {holder.pid} on {holder.host}, "
+                f"last heard {age_s:.0f} s ago; wait for it, stop it, or use another --name"
             )
 
     def acquire(self) -> None:
@@ -52,23 +55,48 @@ class Lease:
         self._last_beat = time.monotonic()
 
     def heartbeat(self) -> None:
-        """Say that we are alive, at most every few seconds."""
+        """Say that we are alive, at most every few seconds. Raises LeaseHeld if somebody has taken the study."""
         if time.monotonic() - self._last_beat >= HEARTBEAT_EVERY_S:
             self._last_beat = time.monotonic()
+            self.check()
             write_atomically(self.path, self._content())
 
     def release(self) -> None:
-        self.path.unlink(missing_ok=True)
+        if self._holder() == self._me:
+            self.path.unlink(missing_ok=True)
+
+    def _holder(self) -> "_Holder | None":
+        try:
+            return _Holder(**json.loads(self.path.read_text()))
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
 
     def _content(self) -> bytes:
-        return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "heartbeat": time.time()}).encode()
+        return json.dumps(asdict(replace(self._me, heartbeat=time.time()))).encode()
 
 
-def _is_alive(pid: int) -> bool:
+@dataclass(frozen=True)
+class _Holder:
+    """A driver. Two with one process number are the same: a former one with the number of a living one is dead."""
+
+    host: str
+    pid: int
+    heartbeat: float = field(compare=False)
+    started: str | None = field(default=None, compare=False)  # tells a process from a later one, where known
+
+
+def _start_of(pid: int) -> str | None:
     try:
-        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def _is_alive(holder: _Holder) -> bool:
+    try:
+        os.kill(holder.pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    return True
+        pass
+    return holder.started is None or _start_of(holder.pid) in (None, holder.started)

@@ -65,15 +65,16 @@ class TrialRow:
 
     @property
     def params(self) -> dict[str, Any]:
-        """The parameters by the names of the space, the conditional one only where it applies."""
+        """The parameters by the names of the space, each only where it applies."""
+        uniform = len(set(self.hidden_dims)) == 1
         params = {
             "activation": self.activation,
             "leaky_relu_slope": self.leaky_relu_slope,
             "dropout": self.dropout,
             "learning_rate": self.learning_rate,
             "latent_dim": self.latent_dim,
-            "hidden_width": self.hidden_dims[0] if self.hidden_dims else None,
-            "hidden_layers": len(self.hidden_dims),
+            "hidden_width": self.hidden_dims[0] if uniform else None,
+            "hidden_layers": len(self.hidden_dims) if uniform else None,
             "batch_size": self.batch_size,
         }
         return {name: value for name, value in params.items() if value is not None}

@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from datetime import date, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -57,15 +58,17 @@ def _cell(value: object) -> str:
 
 
 def _as_json(table: pa.Table) -> bytes:
-    return json.dumps(_plain(table.to_pylist()), indent=2, allow_nan=False).encode() + b"\n"
+    return json.dumps(plain(table.to_pylist()), indent=2, allow_nan=False).encode() + b"\n"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The value in JSON's terms: numbers stay numbers, NaN and infinities become null, the rest text."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, datetime | date):
+        return value.isoformat()
     if isinstance(value, Decimal):
         return int(value) if value == value.to_integral_value() else float(value)
     if isinstance(value, float):
@@ -93,7 +96,7 @@ def _with_text(table: pa.Table, *kinds: Callable[[pa.DataType], bool]) -> pa.Tab
     """Columns of types that a format does not have, as text: lists as JSON, intervals as Python writes them."""
     for index, field in enumerate(table.schema):
         if any(is_kind(field.type) for is_kind in kinds):
-            values = (_plain(value) for value in table.column(index).to_pylist())
+            values = (plain(value) for value in table.column(index).to_pylist())
             texts = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
             table = table.set_column(index, field.name, pa.array(texts, pa.string()))
     return table

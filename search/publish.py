@@ -3,7 +3,7 @@
 import io
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from search.checkpoints import CheckpointStore
+from search.checks import check_fingerprint
 from search.ledger import TrialRow
 from search.results import CHECKPOINTS_FOLDER, MODELS_FOLDER, Study, ranked
 from vae import export
@@ -61,13 +62,18 @@ def export_best(study: Study, data: Dataset, top: int, to: Path) -> list[Path]:
 
 def export_models(study: Study, rows: list[TrialRow], data: Dataset, to: Path) -> list[Path]:
     """Write, read back and check one folder a row, named after its rank in `rows`."""
+    check_fingerprint(study, data)
     folders = []
+    building = to / ".building"
     for rank, row in enumerate(rows, start=1):
-        folder = to / f"{rank}-trial-{row.trial}"
-        folder.mkdir(parents=True, exist_ok=True)
-        export.save(_weights(study, row, data), folder, config=_config(study, row, data), data=data)
-        check(folder, row, data)
-        folders.append(folder)
+        folder = building / f"{rank}-trial-{row.trial}"
+        try:
+            export.save(_weights(study, row, data), folder, config=_config(study, row, data), data=data)
+            check(folder, row, data)
+            shutil.rmtree(to / folder.name, ignore_errors=True)
+            folders.append(folder.rename(to / folder.name))
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
     return folders
 
 
@@ -90,7 +96,8 @@ def _weights(study: Study, row: TrialRow, data: Dataset) -> VAE:
     stored = _store(study).read(row.trial)
     if stored is None:
         return export.load(_exported(study)[row.trial])
-    model = VAE(study.spec.model_config_for(row.params, data.input_dim))
+    config = study.spec.model_config_for(row.params, data.input_dim)
+    model = VAE(replace(config, hidden_dims=tuple(row.hidden_dims)))
     model.load_state_dict(torch.load(io.BytesIO(stored), weights_only=True, map_location="cpu")["trainer"]["model"])
     return model.eval()
 
@@ -106,11 +113,13 @@ def _exported(study: Study) -> Mapping[int, Path]:
 def _config(study: Study, row: TrialRow, data: Dataset) -> dict[str, Any]:
     """What config.json says of a model beyond its architecture."""
     spec = study.spec
+    params = {k: v for k, v in row.params.items() if k not in ("hidden_width", "hidden_layers")}
+    params["hidden_dims"] = list(row.hidden_dims)
     metrics = ("val_nelbo", "val_recon", "val_kl", "active_units", "train_nelbo", "no_latent_nelbo", "epochs")
     return {
         "study": study.name,
         "trial": row.trial,
-        "params": row.params,
+        "params": params,
         "train": {**asdict(spec.train_config_for(row.params)), "seed": row.seed},
         "metrics": {name: getattr(row, name) for name in metrics},
         "data": {

@@ -42,6 +42,8 @@ class Summary:
     leaders: list[TrialRow]
     activations: list[ActivationSummary]  # best first
     no_latent_nelbo: float | None
+    stopped: int  # early, and healthy
+    lowest: float | None  # validation value of any trial, whatever became of it
     epochs_trained: int
     epochs_saved: int  # by early stopping, against every such trial run to its end
     train_wall_s: float  # summed over the trials
@@ -119,6 +121,8 @@ def summarise(name: str, trials: int, rows: list[TrialRow]) -> Summary:
         leaders=leaders,
         activations=[_summarise_activation(name, its_rows) for name, its_rows in of_activation.items()],
         no_latent_nelbo=baselines[0] if baselines else None,
+        stopped=len(stopped),
+        lowest=min((row.val_nelbo for row in rows if row.val_nelbo is not None), default=None),
         epochs_trained=sum(row.epochs for row in rows),
         epochs_saved=sum(row.max_epochs - row.epochs for row in stopped),
         train_wall_s=sum(row.train_wall_s for row in rows),

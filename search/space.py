@@ -1,6 +1,5 @@
 """The space of a study as Optuna distributions, conditional where a parameter belongs to one activation."""
 
-from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -66,16 +65,6 @@ class Space:
         """The part of a draw that the sampler chose, with its distributions: what Optuna records of it."""
         names = [name for name in self.distributions if name in params]
         return {n: params[n] for n in names}, {n: self.distributions[n] for n in names}
-
-    def describe(self) -> Iterator[str]:
-        """One line a parameter, for people."""
-        for name, dist in self.distributions.items():
-            if isinstance(dist, CategoricalDistribution):
-                text = " | ".join(map(str, dist.choices))
-            else:
-                assert isinstance(dist, FloatDistribution | IntDistribution)
-                text = f"{dist.low:g} .. {dist.high:g}{' (log)' if dist.log else ''}"
-            yield f"{name}: {text}"
 
 
 def _distribution(name: str, entry: Entry) -> BaseDistribution:

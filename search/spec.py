@@ -27,7 +27,6 @@ from vae.config import (
 Params = dict[str, Any]
 """One draw from the space: parameter name -> value, conditional parameters only where they apply."""
 
-KNOWN_SOURCES = ("digits", "mnist", "fashion-mnist")
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -317,6 +316,11 @@ class StudySpec(_Section):
             where = str(path) if path is not None else "study"
             raise InputError("\n".join(explain(error, cls, where, overrides))) from None
 
+    @property
+    def folder(self) -> Path:
+        """Where the study lies."""
+        return Path(self.storage.path).expanduser() / self.name
+
     def data_config(self) -> DataConfig:
         return DataConfig(**self.data.model_dump(), seed=self.seed)
 
@@ -350,9 +354,13 @@ class StudySpec(_Section):
         return rungs
 
     def identity(self) -> dict[str, Any]:
-        """What makes two specs the same study, as dotted keys: all but where and how fast it is run."""
+        """What makes two specs the same study, as dotted keys: all but where and how fast it is run.
+
+        The data are known by their fingerprint, not by the path they were read from.
+        """
         dump = self.model_dump(mode="json", exclude={"name", "storage", "resources", "export"})
-        dump["data"].pop("data_dir")
+        for key in ("source", "data_dir"):
+            dump["data"].pop(key)
         return dict(_flatten(dump))
 
     def dump(self) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from cluster.resources import PlacementError, fitting_trials
 from cluster.runtime import Runtime, environment, ray_runtime
@@ -60,15 +62,16 @@ def run_study(
     """
     data = load_data(spec.data_config())
     check_batches(spec, data)
-    path = Path(spec.storage.path) / spec.name
+    path = spec.folder
     stored = Study(path) if (path / STUDY_FILE).is_file() else None
     if stored is not None:
         spec = same_study(spec, stored, data, extend)
         if stored.summary().ended >= spec.budget.trials and not (path / CHECKPOINTS_FOLDER).exists():
+            say(f"{spec.name}: complete with {spec.budget.trials} trials; --extend N asks for more")
             return stored
     elif extend:
         raise InputError(f"{path}: there is no study to extend; set budget.trials instead")
-    check_writable(Path(spec.storage.path))
+    check_writable(path.parent)
     lease = Lease(path)
     lease.check()
     if Space(spec.space).is_fixed:
@@ -138,7 +141,7 @@ def _search(
 
     try:
         with interrupts.deferred():
-            _fit(spec, data, store, searcher, _rebuilt_asha(spec, curves), concurrency, on_step)
+            _fit(spec, data, store, searcher, _rebuilt_asha(spec, study), concurrency, on_step)
     finally:
         ledger.flush()
     if searcher.gave_up:
@@ -237,26 +240,27 @@ def _best_models_keeper(store: CheckpointStore, top: int, rows: list[TrialRow]) 
 
 
 def _curves(study: Study) -> Mapping[int, "Curve"]:
-    """trial -> epoch -> validation value, in the order in which they were reported."""
+    """trial -> epoch -> validation value."""
     curves: dict[int, dict[int, float]] = {}
-    table = study.epochs().sort_by("reported_at")
-    columns = (table[name].to_pylist() for name in ("trial", "epoch", "val_nelbo"))
-    for trial, epoch, value in zip(*columns, strict=True):
+    for trial, epoch, value in _columns(study.epochs(), "trial", "epoch", "val_nelbo"):
         curves.setdefault(trial, {})[epoch] = value
     return curves
 
 
-def _rebuilt_asha(spec: StudySpec, curves: Mapping[int, "Curve"]) -> Asha | None:
-    """The scheduler as it stood: every value that the ledger has at a rung."""
+def _rebuilt_asha(spec: StudySpec, study: Study) -> Asha | None:
+    """The scheduler as it stood: the values that the ledger has at the rungs, in the order in which they came."""
     if spec.scheduler.kind == "none":
         return None
-    rungs = spec.rungs()
-    asha = Asha(rungs, spec.scheduler.reduction_factor)
-    for trial, curve in curves.items():
-        for rung in rungs:
-            if rung in curve:
-                asha.may_go_on(trial, rung, curve[rung])
+    asha = Asha(spec.rungs(), spec.scheduler.reduction_factor)
+    epochs = study.epochs()
+    at_rungs = epochs.filter(pc.is_in(epochs["epoch"], pa.array(spec.rungs(), pa.int32()))).sort_by("reported_at")
+    for trial, epoch, value in _columns(at_rungs, "trial", "epoch", "val_nelbo"):
+        asha.may_go_on(trial, epoch, value)
     return asha
+
+
+def _columns(table: pa.Table, *names: str) -> Iterator[tuple[Any, ...]]:
+    return zip(*(table[name].to_pylist() for name in names), strict=True)
 
 
 def _one_line(error: BaseException | None) -> str:

@@ -1,4 +1,4 @@
-"""The study file as text: read from TOML or YAML, written with comments, its errors explained. Knows no key by name."""
+"""The study file as text: read from TOML or YAML, written with comments, its errors explained."""
 
 import difflib
 import tomllib
@@ -11,12 +11,27 @@ from pydantic import BaseModel, ValidationError
 from vae.config import InputError
 
 MAX_ERRORS_SHOWN = 3
+FLAGS = {
+    "name": "--name",
+    "seed": "--seed",
+    "goal": "--goal",
+    "storage.path": "--storage",
+    "data.source": "--data",
+    "data.data_dir": "--data-dir",
+    "budget.trials": "--trials",
+    "budget.max_epochs": "--max-epochs",
+    "resources.cpus_per_trial": "--cpus-per-trial",
+    "resources.gpus_per_trial": "--gpus-per-trial",
+    "resources.concurrency": "--concurrency",
+}
+"""Keys with a flag of their own; the others are reached by `--set`."""
 FOLLOWING = ("name", "kl_warmup_epochs", "grace_epochs")
 """Keys whose defaults follow others: a study file to start from leaves them commented out."""
 
 
 def read_study_file(path: Path) -> dict[str, Any]:
     """The keys of a TOML or YAML file. `[provenance]`, which a stored study.toml carries, is left out."""
+    is_yaml = path.suffix.lower() in {".yaml", ".yml"}
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -24,7 +39,7 @@ def read_study_file(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
     try:
-        if path.suffix.lower() in {".yaml", ".yml"}:
+        if is_yaml:
             import yaml
 
             values = yaml.safe_load(text) or {}
@@ -32,7 +47,7 @@ def read_study_file(path: Path) -> dict[str, Any]:
             values = tomllib.loads(text)
     except Exception as error:  # yaml and tomllib raise unrelated types
         reason = " ".join(str(error).split())
-        raise InputError(f"{path}: not valid {'YAML' if path.suffix != '.toml' else 'TOML'}: {reason}") from None
+        raise InputError(f"{path}: not valid {'YAML' if is_yaml else 'TOML'}: {reason}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected keys and values, got a {type(values).__name__}")
     values.pop("provenance", None)
@@ -95,7 +110,7 @@ def _toml_inline(value: object) -> str:
 def explain(
     error: ValidationError, root: type[BaseModel], where: str, overrides: Mapping[str, object]
 ) -> Iterator[str]:
-    """One line an error: where (the file, or the `--set` that gave it), what, and what would do."""
+    """One line an error: where (the file, or the flag that gave it), what, and what would do."""
     errors = error.errors(include_url=False)
     for detail in errors[:MAX_ERRORS_SHOWN]:
         path = [str(part) for part in detail["loc"]]
@@ -103,7 +118,7 @@ def explain(
         given = next((k for k in overrides if f"{k}.".startswith(f"{key}.") or f"{key}.".startswith(f"{k}.")), None)
         prefix = f"{where}: {key}" if key else where
         if key and given is not None:
-            prefix = f"--set {given}"
+            prefix = f"{FLAGS[given]}: {given}" if given in FLAGS else f"--set {given}"
         if detail["type"] == "extra_forbidden":
             yield f"{prefix}: unknown key; {_nearest_key(path, root)}"
             continue

@@ -72,7 +72,7 @@ class VaeTrial(tune.Trainable):
             device=device,
         )
         if stored is not None:
-            state = torch.load(io.BytesIO(stored), weights_only=True)
+            state = torch.load(io.BytesIO(stored), weights_only=True, map_location="cpu")
             trainer.load_state_dict(state["trainer"])
             self._history = state["history"]
         self._trainer = trainer
@@ -94,9 +94,8 @@ class VaeTrial(tune.Trainable):
         assert self._trainer is not None
         buffer = io.BytesIO()
         torch.save({"trainer": self._trainer.state_dict(), "history": self._history}, buffer)
-        stored = self._store.put.remote(self._number, buffer.getvalue())
-        if self._is_final:
-            ray.get(stored)  # before the driver hears that the model is there
+        # waited for: the driver, once it hears of this epoch, may want the state or drop it
+        ray.get(self._store.put.remote(self._number, buffer.getvalue()))
 
     def _collapse(self) -> str | None:
         """Why the finished model is of no use, or None: its latents carry nothing."""

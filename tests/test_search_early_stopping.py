@@ -29,10 +29,17 @@ def test_every_verdict_is_that_of_rays_asynchronous_hyperband(factor, stream):
     """Ray maximises, so it is given the negated value. An exact tie may differ by the rounding of the percentile."""
     bracket, rungs = bracket_of(factor)
     asha = Asha(rungs, factor)
+    stopped: set[int] = set()
     for trial, epoch, value in stream:
+        if trial in stopped:  # Ray's forgets whom it stopped
+            assert not asha.may_go_on(trial, epoch, value)
+            continue
         cutoffs = [bracket.cutoff(recorded) for rung, recorded in bracket._rungs if epoch >= rung]
         ray_goes_on = bracket.on_result(SimpleNamespace(trial_id=trial), epoch, -value) == "CONTINUE"
-        if asha.may_go_on(trial, epoch, value) != ray_goes_on:
+        goes_on = asha.may_go_on(trial, epoch, value)
+        if not goes_on:
+            stopped.add(trial)
+        if goes_on != ray_goes_on:
             assert -value == pytest.approx(cutoffs[0], rel=1e-9, abs=1e-9)
 
 
@@ -85,3 +92,12 @@ def test_lower_is_better_and_one_in_the_factor_goes_on():
         asha.may_go_on(trial, 1, value)
     assert asha.may_go_on(8, 1, 17.0)  # the first quartile of 10, 20, 30, 40 is 17.5
     assert not asha.may_go_on(9, 1, 25.0)
+
+
+def test_a_verdict_stands_also_where_it_was_not_carried_out():
+    """A driver may be killed between the values of a rung and the row that says that the trial was stopped."""
+    asha = Asha([2, 4], 2)
+    assert asha.may_go_on(0, 2, 1.0)
+    assert not asha.may_go_on(1, 2, 5.0)
+    assert not asha.may_go_on(1, 2, 5.0)
+    assert not asha.may_go_on(1, 3, 0.0)

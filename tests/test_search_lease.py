@@ -214,3 +214,33 @@ def test_of_four_processes_at_the_same_instant_exactly_one_gets_the_lease(tmp_pa
         [sys.executable, str(script), str(folder), "300"], capture_output=True, text=True, check=True, timeout=60
     )
     assert set(done.stdout.split()) == {"1"}
+
+
+def test_a_living_process_on_this_host_holds_however_long_it_was_stopped(tmp_path):
+    with held_elsewhere(tmp_path) as holder:
+        lease = json.loads((tmp_path / "lease.json").read_text())
+        (tmp_path / "lease.json").write_text(json.dumps(lease | {"heartbeat": time.time() - 2 * STALE_AFTER_S}))
+        with pytest.raises(LeaseHeld, match=str(holder.pid)):
+            Lease(tmp_path).acquire()
+
+
+def test_a_later_process_with_the_number_of_the_holder_does_not_hold(tmp_path):
+    with held_elsewhere(tmp_path):
+        lease = json.loads((tmp_path / "lease.json").read_text())
+        if lease["started"] is None:
+            pytest.skip("this system does not tell when a process began")
+        (tmp_path / "lease.json").write_text(json.dumps(lease | {"started": "1"}))
+        Lease(tmp_path).acquire()
+        assert holder_of(tmp_path) == os.getpid()
+
+
+def test_a_driver_whose_study_was_taken_hears_of_it_and_leaves_the_lease_alone(tmp_path, monkeypatch):
+    mine = Lease(tmp_path)
+    mine.acquire()
+    mine.path.unlink()
+    with held_elsewhere(tmp_path) as holder:
+        monkeypatch.setattr(mine, "_last_beat", -1e9)
+        with pytest.raises(LeaseHeld):
+            mine.heartbeat()
+        mine.release()
+        assert holder_of(tmp_path) == holder.pid

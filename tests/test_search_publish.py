@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
 
@@ -78,7 +79,11 @@ def test_folders_are_named_by_rank_and_trial_best_first(small_study):
 def test_config_json_says_what_the_model_is_and_where_it_comes_from(small_study, data):
     for row, folder in zip(ranked(small_study.rows()), small_study.model_folders(), strict=False):
         config = json.loads((folder / "config.json").read_text())
-        assert (config["study"], config["trial"], config["params"]) == (small_study.name, row.trial, row.params)
+        assert (config["study"], config["trial"], config["params"]) == (
+            small_study.name,
+            row.trial,
+            {k: v for k, v in row.params.items() if not k.startswith("hidden_")} | {"hidden_dims": row.hidden_dims},
+        )
         assert config["model"]["activation"] == row.activation
         assert config["model"]["hidden_dims"] == row.hidden_dims
         assert config["train"]["seed"] == row.seed
@@ -178,9 +183,10 @@ def test_an_export_cut_off_between_its_two_renames_loses_no_model(copy, data, mo
     rename, renames = Path.rename, []
 
     def cut_off(self: Path, target: Path) -> Path:
-        if renames:
-            raise KeyboardInterrupt
-        renames.append(self.name)
+        if self.name.startswith("models"):
+            if renames:
+                raise KeyboardInterrupt
+            renames.append(self.name)
         return rename(self, target)
 
     with monkeypatch.context() as patch:
@@ -198,3 +204,16 @@ def test_leftovers_of_a_crash_are_cleared_away(copy, data, leftover):
     (copy.path / leftover / "1-trial-99").mkdir(parents=True)
     publish_best(copy, data)
     assert sorted(path.name for path in copy.path.iterdir()) == ["epochs", "models", "study.toml", "trials"]
+
+
+def test_export_of_other_data_than_the_study_was_made_on_is_refused(copy, data, tmp_path):
+    with pytest.raises(InputError, match="other data"):
+        export_best(copy, replace(data, fingerprint="0" * 64), 1, tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()
+
+
+def test_a_model_that_was_rejected_leaves_nothing_behind(copy, data, monkeypatch, tmp_path):
+    monkeypatch.setattr(search.publish.export, "save", tampering(scaled_weights))
+    with pytest.raises(ExportMismatch):
+        export_best(copy, data, 1, tmp_path / "mine")
+    assert list((tmp_path / "mine").iterdir()) == []

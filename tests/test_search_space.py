@@ -186,12 +186,3 @@ def test_optuna_takes_the_start_for_the_first_trial():
 
 def test_a_list_starts_at_its_value_nearest_to_the_default():
     assert space_of(learning_rate=[1e-5, 2.9e-3, 1.0]).start()["learning_rate"] == 2.9e-3
-
-
-def test_the_description_has_a_line_for_each_parameter_that_is_chosen():
-    space = space_of(dropout=0.1, latent_dim={"low": 2, "high": 64, "log": True})
-    lines = list(space.describe())
-    assert [line.split(":")[0] for line in lines] == list(space.distributions)
-    latent = next(line for line in lines if line.startswith("latent_dim"))
-    assert "2 .. 64" in latent
-    assert "log" in latent

@@ -229,7 +229,7 @@ def test_an_override_is_named_as_such_also_beside_a_file(what, tmp_path):
     key, value, _ = BAD_VALUES[what]
     path = write(tmp_path / "study.toml", "seed = 1\n")
     message = refused(path, {key: value})
-    assert f"--set {key}" in message
+    assert (f"--trials: {key}" if what == "no trials" else f"--set {key}") in message
     assert str(path) not in message
 
 
@@ -487,6 +487,7 @@ IGNORED = {
     "resources.concurrency": 3,
     "export.top": 9,
     "data.data_dir": "/moved",
+    "data.source": "moved.npy",
 }
 
 
@@ -498,7 +499,6 @@ def test_where_and_how_fast_does_not_make_another_study(key):
 
 TELLING = {
     "seed": 1,
-    "data.source": "mnist",
     "data.binarize": "none",
     "model.hidden_dims": [64],
     "train.beta": 2.0,

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import search.study
+from search.checkpoints import CheckpointStore
 from search.events import StudyEvents
 from search.ledger import EpochRow, TrialRow
 from search.results import Study
@@ -509,3 +510,50 @@ def test_a_killed_worker_costs_its_trial_an_attempt_and_one_killed_too_often_fai
     assert attempts[1] == {1, 2}
     assert "retries" in rows[2].reason
     assert "\n" not in rows[2].reason
+
+
+def test_layers_of_unequal_width_are_searched_and_exported(ray_here, small_spec, tmp_path):
+    sections = {"model": {"hidden_dims": [24, 16]}, "budget": {"trials": 2, "max_epochs": 6}}
+    values = small_spec.dump() | sections | {"storage": {"path": str(tmp_path)}, "scheduler": {"kind": "none"}}
+    values["space"] = {"activation": "silu", "learning_rate": 0.01, "dropout": 0.0}
+    study = run_study(StudySpec.model_validate(values))
+    (folder, *_) = study.model_folders()
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model"]["hidden_dims"] == config["params"]["hidden_dims"] == [24, 16]
+
+
+def test_states_of_stopped_trials_do_not_stay_on_disk_during_the_run(ray_here, small_spec, tmp_path):
+    class Looker(StudyEvents):
+        def __init__(self) -> None:
+            self.stopped: set[int] = set()
+            self.seen: list[set[int]] = []
+
+        def trial_started(self, row: TrialRow) -> None:
+            self.seen.append(set(CheckpointStore(tmp_path / small_spec.name / "checkpoints").trials()) & self.stopped)
+
+        def trial_ended(self, row: TrialRow) -> None:
+            if row.state == "PRUNED":
+                self.stopped.add(row.trial)
+
+    looker = Looker()
+    run_study(stored_in(small_spec, tmp_path), events=[looker])
+    assert looker.stopped
+    assert looker.seen == [set()] * len(looker.seen)
+
+
+def test_a_complete_study_says_so_and_how_to_go_on(small_study, small_spec):
+    said: list[str] = []
+    run_study(small_spec, say=said.append)
+    assert any("complete" in text and "--extend" in text for text in said)
+
+
+def test_the_same_data_in_another_place_are_the_same_study(ray_here, tmp_path):
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "points.npy", (rng.random((200, 6)) > 0.5).astype(np.float32))
+    sections = {"budget": {"trials": 1, "max_epochs": 1}, "storage": {"path": str(tmp_path / "st")}, "name": "points"}
+    first = StudySpec.model_validate({"data": {"source": str(tmp_path / "points.npy")}, **sections})
+    study = run_study(first)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "points.npy").rename(tmp_path / "elsewhere" / "moved.npy")
+    again = StudySpec.model_validate({"data": {"source": str(tmp_path / "elsewhere" / "moved.npy")}, **sections})
+    assert run_study(again).rows() == study.rows()

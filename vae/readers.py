@@ -238,6 +238,8 @@ def _from_table(path: Path, table: Any) -> Source:
             raise InputError(f"{path}: the lists of column {table.column_names[0]!r} are not of one length")
         return Source(str(path), to_numpy(lists.flatten()).reshape(len(lists), *lengths))
 
+    if table.num_columns == 1 and (found := [mark for mark in ";\t|" if mark in table.column_names[0]]):
+        raise InputError(f"{path}: its fields seem to be separated by {found[0]!r}; write them with commas")
     others = [f"{f.name!r} ({f.type})" for f in table.schema if not is_real(f.type)]
     if others:
         raise InputError(f"{path}: not numeric: {_some(others)}; name the columns to use with data.columns")

@@ -193,7 +193,7 @@ class Trainer:
                         torch.cuda.manual_seed(seed)
             else:
                 torch.set_rng_state(self._rng["cpu"])
-                if cuda:
+                if cuda and "cuda" in self._rng:  # not after a state that was saved on a CPU
                     torch.cuda.set_rng_state(self._rng["cuda"], self.device)
             yield
             self._rng = {"cpu": torch.get_rng_state()}
