@@ -19,9 +19,6 @@ PRIVATE_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a FutureWarning on zero-GPU trials
-    # the agents of a driver that was killed leave after five misses: 60 s at Ray's default
-    "RAY_DASHBOARD_AGENT_CHECK_PARENT_INTERVAL_S": "2",
-    "RAY_RUNTIME_ENV_AGENT_CHECK_PARENT_INTERVAL_S": "2",
 }
 
 
