@@ -1,52 +1,173 @@
-"""Where workers leave the state of their trials: one file a trial, in the study's folder, on the driver's machine.
+"""Where workers leave the state of their trials: in the study's folder, through one actor on the driver's machine.
 
-`CheckpointStore` runs as an actor there, so that workers elsewhere need no shared filesystem; the driver
-itself reads the same files. What the bytes mean is known to `search.trial` alone.
+So workers elsewhere need no shared filesystem and no credentials. What the bytes mean is known to
+`search.trial` alone. `CheckpointStore` is the folder; `StoreServer` is what runs as the actor.
 """
 
+import hashlib
 import re
-from pathlib import Path
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from search.ledger import write_atomically
+from search.storage import Location, RemotePath, location, reason_of, write_atomically
+
+KEPT = 2  # states of a trial: the newest, and the one before, in case the newest cannot be read
+SERVER_THREADS = 16  # so that a slow write of one trial's state keeps no other waiting
+
+_NAME = re.compile(r"trial-(\d+)\.epoch-(\d+)\.pt")
+_MAGIC = b"vaesearch state 1\n"
+
+
+class Stored(NamedTuple):
+    """What was found of a trial. `damaged`: what was wrong with newer states, '' if nothing."""
+
+    epoch: int  # 0: nothing
+    state: bytes | None
+    damaged: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoreReport:
+    """What the driver wants to know now and then."""
+
+    error: str | None  # why some states could not be written yet
+    silent_s: dict[int, float]  # trial -> seconds since its worker was last heard
 
 
 class CheckpointStore:
-    """Keeps the last state of each trial, whole at every instant."""
+    """Keeps the last two states of each trial, each whole and checksummed. May be called from several threads."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
-        self._attempts: dict[int, int] = {}
+    def __init__(self, folder: Location) -> None:
+        self.folder = location(folder)
+        self.error: str | None = None
+        self._lock = threading.Lock()
+        self._epochs: dict[int, list[int]] = {}  # of the states on disk, ascending
+        self._unwritten: dict[int, tuple[int, bytes]] = {}  # newest states that the disk would not take
+        for path in self.folder.glob("trial-*.pt"):
+            if match := _NAME.fullmatch(path.name):
+                self._epochs.setdefault(int(match[1]), []).append(int(match[2]))
+        for epochs in self._epochs.values():
+            epochs.sort()
 
-    def begin(self, trial: int) -> tuple[int, bytes | None]:
-        """An attempt at a trial starts: how many there were since this store exists, and where to go on from."""
-        self._attempts[trial] = self._attempts.get(trial, 0) + 1
-        return self._attempts[trial], self.read(trial)
-
-    def put(self, trial: int, state: bytes) -> None:
-        """Replace the state of a trial."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._path(trial), state)
-
-    def read(self, trial: int) -> bytes | None:
+    def put(self, trial: int, epoch: int, state: bytes) -> None:
+        """Keep a state. One that cannot be written stays in memory, and `error` is set until `retry` has written it."""
         try:
-            return self._path(trial).read_bytes()
-        except FileNotFoundError:
-            return None
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._path(trial, epoch), _sealed(state))
+        except OSError as error:
+            with self._lock:
+                self._unwritten[trial] = (epoch, state)
+                self.error = reason_of(error)
+            return
+        with self._lock:
+            self._unwritten.pop(trial, None)
+            epochs = sorted({*self._epochs.get(trial, []), epoch})
+            self._epochs[trial] = epochs[-KEPT:]
+            if not self._unwritten:
+                self.error = None
+        for old in epochs[:-KEPT]:
+            self._path(trial, old).unlink(missing_ok=True)
+
+    def retry(self) -> None:
+        """Write what could not be written before."""
+        for trial, (epoch, state) in list(self._unwritten.items()):
+            self.put(trial, epoch, state)
+            if self.error is not None:
+                return
+
+    def newest(self, trial: int) -> Stored:
+        """The newest state of a trial that can be read. A damaged one is replaced when its epoch comes round again."""
+        damaged: list[str] = []
+        if trial in self._unwritten:
+            return Stored(*self._unwritten[trial], "")
+        for epoch in reversed(self._epochs.get(trial, [])):
+            try:
+                return Stored(epoch, _opened(self._path(trial, epoch).read_bytes()), "; ".join(damaged))
+            except (OSError, ValueError) as error:
+                damaged.append(f"the state of epoch {epoch} could not be read: {reason_of(error)}")
+        return Stored(0, None, "; ".join(damaged))
+
+    def remove(self, trial: int, epoch: int) -> None:
+        """Forget one state, which turned out to be of no use."""
+        with self._lock:
+            self._epochs[trial] = [known for known in self._epochs.get(trial, []) if known != epoch]
+            if self._unwritten.get(trial, (None,))[0] == epoch:
+                del self._unwritten[trial]
+        self._path(trial, epoch).unlink(missing_ok=True)
 
     def drop(self, trial: int) -> None:
-        self._path(trial).unlink(missing_ok=True)
+        """Forget a trial."""
+        with self._lock:
+            self._unwritten.pop(trial, None)
+            epochs = self._epochs.pop(trial, [])
+        for epoch in epochs:
+            self._path(trial, epoch).unlink(missing_ok=True)
 
     def trials(self) -> list[int]:
-        """The trials whose state is here."""
-        names = (re.fullmatch(r"trial-(\d+)\.pt", path.name) for path in self.folder.glob("trial-*.pt"))
-        return sorted(int(match[1]) for match in names if match)
+        """The trials of which there is a state."""
+        return sorted({*self._unwritten, *(trial for trial, epochs in self._epochs.items() if epochs)})
 
     def clear(self) -> None:
         """Remove everything, the folder too."""
-        if self.folder.is_dir():
+        self._epochs, self._unwritten = {}, {}
+        if isinstance(self.folder, RemotePath):
+            self.folder.remove_tree()
+        elif self.folder.is_dir():
             for path in self.folder.iterdir():
                 path.unlink()
             self.folder.rmdir()
 
-    def _path(self, trial: int) -> Path:
-        return self.folder / f"trial-{trial:05d}.pt"
+    def _path(self, trial: int, epoch: int) -> Location:
+        return self.folder / f"trial-{trial:05d}.epoch-{epoch:05d}.pt"
+
+
+@dataclass
+class StoreServer:
+    """The store as an actor, for the workers; it hears from them, too, that they are alive."""
+
+    folder: Location
+    store: CheckpointStore = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.store = CheckpointStore(self.folder)
+        self._heard: dict[int, float] = {}
+
+    def newest(self, trial: int) -> Stored:
+        self.beat(trial)
+        return self.store.newest(trial)
+
+    def put(self, trial: int, epoch: int, state: bytes) -> None:
+        self.beat(trial)
+        self.store.put(trial, epoch, state)
+        self.beat(trial)
+
+    def remove(self, trial: int, epoch: int) -> None:
+        self.store.remove(trial, epoch)
+
+    def drop(self, trial: int) -> None:
+        self._heard.pop(trial, None)
+        self.store.drop(trial)
+
+    def beat(self, trial: int) -> None:
+        """A worker says that a trial moves on."""
+        self._heard[trial] = time.monotonic()
+
+    def report(self) -> StoreReport:
+        """Tries again what could not be written, then tells."""
+        self.store.retry()
+        now = time.monotonic()
+        return StoreReport(self.store.error, {trial: now - heard for trial, heard in list(self._heard.items())})
+
+
+def _sealed(state: bytes) -> bytes:
+    return b"".join((_MAGIC, hashlib.sha256(state).digest(), state))
+
+
+def _opened(content: bytes) -> bytes:
+    """The state in a file's content. Raises ValueError if it is not what was written."""
+    digest, state = content[len(_MAGIC) : len(_MAGIC) + 32], content[len(_MAGIC) + 32 :]
+    if not content.startswith(_MAGIC) or hashlib.sha256(state).digest() != digest:
+        raise ValueError(f"its checksum does not fit its {len(content)} bytes")
+    return state

@@ -1,22 +1,43 @@
 """What is checked before anything is written: an error here leaves no trace on disk."""
 
-import tempfile
-from pathlib import Path
-
+from search.checkpoints import KEPT
 from search.results import Study
-from search.spec import StudySpec, spec_diff
+from search.spec import StudySpec, largest, spec_diff
+from search.storage import free_bytes
 from vae.config import InputError
 from vae.data import Dataset
 
+STATE_COPIES = 3  # weights, and the two moments of Adam, as float32
+STATE_OVERHEAD_BYTES = 64 * 2**10  # of a stored state: its epochs' figures and torch's own frame
+LEDGER_ROW_BYTES = 128  # of an epoch in Parquet, generously
+
 
 def check_batches(spec: StudySpec, data: Dataset) -> None:
-    entry = spec.space.batch_size if spec.space.batch_size is not None else spec.train.batch_size
-    key = "space.batch_size" if spec.space.batch_size is not None else "train.batch_size"
-    largest = entry.high if hasattr(entry, "high") else max(entry) if isinstance(entry, tuple) else entry
-    if largest > len(data.train):
+    is_searched = spec.space.batch_size is not None
+    key = "space.batch_size" if is_searched else "train.batch_size"
+    if largest(spec.space.batch_size if is_searched else spec.train.batch_size) > len(data.train):
         raise InputError(
             f"{data.config.source}: {len(data.train)} rows to train on are fewer than a batch; "
             f"set {key} = {len(data.train)} or lower, or bring more rows"
+        )
+
+
+def disk_budget_bytes(spec: StudySpec, input_dim: int, concurrency: int) -> int:
+    """What a study takes on its storage at the most: states of the trials under way and of the best, and the tables."""
+    weights = 4 * spec.largest_model(input_dim).num_weights
+    state = STATE_COPIES * weights + STATE_OVERHEAD_BYTES
+    states = KEPT * (concurrency + spec.export.top) + 1  # one more while it is being written
+    models = 2 * spec.export.top * weights  # the new ones beside those of an earlier run
+    return states * state + models + spec.budget.trials * spec.budget.max_epochs * LEDGER_ROW_BYTES
+
+
+def check_space(spec: StudySpec, data: Dataset, concurrency: int) -> None:
+    """Raises InputError if the study would not fit on its disk."""
+    needed, free = disk_budget_bytes(spec, data.input_dim, concurrency), free_bytes(spec.folder)
+    if free is not None and needed > free:
+        raise InputError(
+            f"{spec.folder.parent}: the study may take {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free; "
+            f"make room, name another --storage, or lower export.top, resources.concurrency or the model's size"
         )
 
 
@@ -47,17 +68,3 @@ def same_study(spec: StudySpec, stored: Study, data: Dataset, extend: int) -> St
         raise InputError(f"{stored.path}: not complete yet; run it without --extend first")
     budget = old.budget.model_copy(update={"trials": old.budget.trials + extend})
     return spec.model_copy(update={"budget": budget})
-
-
-def check_writable(storage: Path) -> None:
-    """Raises InputError if the storage folder could not be made or written. Leaves nothing there."""
-    folder = storage.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"{storage}: cannot be written: {error.strerror}; name another folder with --storage"
-        ) from None

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ from vae.config import InputError
 
 if TYPE_CHECKING:
     from search.spec import StudySpec
+    from search.storage import Location
 
 app = typer.Typer(
     name="vaesearch",
@@ -20,9 +22,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-DEFAULT_STORAGE = Path("studies")
+DEFAULT_STORAGE = "studies"
 
-Storage = Annotated[Path, typer.Option(help="Folder of the studies.", envvar="VAESEARCH_STORAGE")]
+Storage = Annotated[str, typer.Option(help="Folder or URL of the studies.", envvar="VAESEARCH_STORAGE")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Name = Annotated[str, typer.Argument(help="Name of the study.")]
 
@@ -51,7 +53,7 @@ def run(
     study_file: Annotated[Path | None, typer.Argument(help="A study file, TOML or YAML; none: the defaults.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the study.  [default: after the data]")] = None,
     storage: Annotated[
-        Path | None, typer.Option(help="Folder of the studies.  [default: studies]", envvar="VAESEARCH_STORAGE")
+        str | None, typer.Option(help="Folder or URL of the studies.  [default: studies]", envvar="VAESEARCH_STORAGE")
     ] = None,
     data: Annotated[str | None, typer.Option(help="digits, mnist, fashion-mnist or a file.")] = None,
     data_dir: Annotated[str | None, typer.Option(help="Folder with the idx files of mnist.")] = None,
@@ -74,7 +76,7 @@ def run(
 
     flags = {
         "name": name,
-        "storage.path": None if storage is None else str(storage),
+        "storage.path": storage,
         "data.source": data,
         "data.data_dir": data_dir,
         "budget.trials": trials,
@@ -85,10 +87,36 @@ def run(
         "resources.gpus_per_trial": gpus_per_trial,
         "resources.concurrency": _concurrency(concurrency),
     }
-    overrides: dict[str, object] = {key: value for key, value in flags.items() if value is not None}
-    overrides.update(_assignments(set_ or []))
-    spec = StudySpec.load(study_file, overrides)
-    _run(spec, address, extend, json)
+    _run(StudySpec.load(study_file, _overrides(flags, set_)), address, extend, json)
+
+
+@app.command()
+def resume(
+    study: Name,
+    storage: Storage = DEFAULT_STORAGE,
+    data: Annotated[str | None, typer.Option(help="The data, if they have moved.")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Folder with the idx files, if it has moved.")] = None,
+    concurrency: Annotated[str | None, typer.Option(help="Trials at once, or auto.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="--set budget.max_retries=9 and the like")
+    ] = None,
+    extend: Annotated[int, typer.Option(help="More trials for a study that is complete.", min=0)] = 0,
+    address: Annotated[str | None, typer.Option(help="A Ray cluster to join.", envvar="RAY_ADDRESS")] = None,
+    json: Json = False,
+) -> None:
+    """Go on with a study by its name: what `run` does with the study file in its folder."""
+    from search.results import STUDY_FILE, open_study
+    from search.spec import StudySpec
+
+    flags = {
+        "storage.path": storage,  # it may have been moved here
+        "name": study,
+        "data.source": data,
+        "data.data_dir": data_dir,
+        "resources.concurrency": _concurrency(concurrency),
+    }
+    opened = open_study(_folder(storage, study))
+    _run(StudySpec.load(opened.path / STUDY_FILE, _overrides(flags, set_)), address, extend, json)
 
 
 @app.command(name="list")
@@ -117,7 +145,7 @@ def show(
     from search.leaderboard import as_json, print_study, trials_table
     from search.results import open_study
 
-    opened = open_study(storage / study)
+    opened = open_study(_folder(storage, study))
     if json:
         _print_json(as_json(opened))
         return
@@ -128,7 +156,7 @@ def show(
 
 @app.command()
 def query(
-    sql: Annotated[str, typer.Argument(help="One SELECT over studies, trials, epochs.")],
+    sql: Annotated[str, typer.Argument(help="One SELECT over studies, trials, epochs, attempts.")],
     storage: Storage = DEFAULT_STORAGE,
     format: Annotated[str, typer.Option(help="table, json, csv or parquet.")] = "table",
     output: Annotated[Path | None, typer.Option("-o", "--output", help="A file instead of stdout.")] = None,
@@ -157,7 +185,7 @@ def export(
     from search.results import open_study
     from vae.data import load_data
 
-    opened = open_study(storage / study)
+    opened = open_study(_folder(storage, study))
     config = opened.spec.data_config()
     config = replace(config, source=data or config.source, data_dir=data_dir or config.data_dir)
     folders = export_best(opened, load_data(config), top, to)
@@ -206,9 +234,10 @@ def _run(spec: "StudySpec", address: str | None, extend: int, json: bool) -> Non
             study = run_study(spec, address=address, extend=extend, events=[progress], say=progress.say)
         except Interrupted as interrupted:
             done = "before the first trial"
-            if (path / STUDY_FILE).is_file():
-                summary = Study(path).summary()
-                done = f"with {summary.ended} of {summary.trials} trials done"
+            with suppress(OSError):  # the storage may be what made somebody stop it
+                if (path / STUDY_FILE).is_file():
+                    summary = Study(path).summary()
+                    done = f"with {summary.ended} of {summary.trials} trials done"
             again = shlex.join(["vaesearch", *_without_extend(sys.argv[1:])])
             progress.say(f"interrupted {done}; go on with: {again}")
             raise typer.Exit(128 + interrupted.signum) from None
@@ -230,6 +259,17 @@ def main() -> None:
             raise
         print(f"vaesearch: {error or type(error).__name__}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
+
+
+def _folder(storage: str, study: str) -> "Location":
+    from search.storage import location
+
+    return location(storage) / study
+
+
+def _overrides(flags: dict[str, Any], assignments: list[str] | None) -> dict[str, object]:
+    """The keys that were given, by their own flags or by --set."""
+    return {key: value for key, value in flags.items() if value is not None} | _assignments(assignments or [])
 
 
 def _concurrency(text: str | None) -> int | str | None:

@@ -1,6 +1,6 @@
 """What happens in a study while it runs, for whoever wants to hear of it."""
 
-from search.ledger import EpochRow, TrialRow
+from search.ledger import AttemptRow, EpochRow, TrialRow
 from search.spec import StudySpec
 
 
@@ -15,6 +15,12 @@ class StudyEvents:
 
     def epochs_done(self, row: TrialRow, epochs: list[EpochRow]) -> None:
         """New epochs; the row has the figures of the last one."""
+
+    def worker_lost(self, row: TrialRow, attempt: AttemptRow) -> None:
+        """An attempt at a trial is over before its time. It is made again, unless there were too many."""
+
+    def state_damaged(self, row: TrialRow, attempt: AttemptRow) -> None:
+        """A trial goes on from an older state than its newest, which could not be read."""
 
     def trial_ended(self, row: TrialRow) -> None:
         """The row's state is COMPLETE, PRUNED or FAIL."""

@@ -3,7 +3,6 @@
 import shlex
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -57,8 +56,8 @@ def as_json(study: Study) -> dict[str, Any]:
 
 
 def next_commands(study: Study, summary: Summary) -> Iterator[str]:
-    storage = study.path.parent
-    where = "" if storage == Path("studies") else f" --storage {shlex.quote(str(storage))}"
+    storage = str(study.path.parent)
+    where = "" if storage == "studies" else f" --storage {shlex.quote(storage)}"
     name = shlex.quote(study.name)
     yield f"  vaesearch show {name}{where} --trials"
     yield (f'  vaesearch query "SELECT activation, min(val_nelbo) FROM trials GROUP BY 1 ORDER BY 2"{where}')
@@ -173,6 +172,8 @@ def _costs(summary: Summary) -> Iterator[str]:
         share = summary.epochs_saved / total
         yield f"early stopping saved {summary.epochs_saved} of {total} epochs ({share:.0%})"
     yield f"training took {duration(summary.train_wall_s)} of worker time"
+    if summary.restarts:
+        yield f"{summary.restarts} times a trial was started again; the attempts table says why"
 
 
 def _table(*columns: str) -> Table:

@@ -2,27 +2,35 @@
 
 A table is a folder of `part-*.parquet`. Only the last part grows: its rows stay in memory and the file is
 written anew under another extension, synced, and renamed over the old one. So whoever reads the plain glob
-sees every row exactly once, at any instant, and a crash leaves the last whole state.
+sees every row exactly once, at any instant, and a crash leaves the last whole state. A part that cannot be
+read, which takes a fault of the disk, is set aside, and the rest goes on without its rows.
 """
 
-import os
+import functools
+import logging
 import time
-from collections.abc import Hashable, Iterable
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from operator import attrgetter
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from search.storage import Location
+from search.writer import BackgroundWriter, Write
+
 SCHEMA_VERSION = "1"
 ROWS_A_PART = 65_536
 EPOCHS_FLUSH_EVERY_S = 2.0
 TRIALS_FLUSH_EVERY_S = 0.5
 MAX_CHUNKS = 64  # of the settled rows in memory, before they are copied together
+START_WAIT_S = 1.0  # how long a suggestion is waited for to be on disk, before other things are done meanwhile
+DAMAGED = ".damaged"  # the ending of a part that was set aside
+
+log = logging.getLogger(__name__)
 
 _TIME = pa.timestamp("us", tz="UTC")
 
@@ -34,7 +42,7 @@ class TrialRow:
     study: str
     trial: int
     state: str  # RUNNING | COMPLETE | PRUNED | FAIL, as Optuna has it
-    status: str | None = None  # ok | collapsed | diverged | oom | error | lost
+    status: str | None = None  # ok | collapsed | diverged | oom | error | lost | timeout
     reason: str | None = None  # what ended a trial that is not ok
     activation: str
     leaky_relu_slope: float | None = None
@@ -103,6 +111,24 @@ class EpochRow:
     reported_at: datetime
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptRow:
+    """One start of one trial in a worker. A trial whose worker was lost has more than one."""
+
+    study: str
+    trial: int
+    attempt: int  # from 1
+    outcome: str | None = None  # ended | lost | timeout | oom | interrupted (the driver left); None: under way
+    reason: str | None = None  # what took the worker away
+    from_epoch: int | None = None  # the epoch of the stored state it went on from, 0 for none; None: never began
+    damaged: str | None = None  # what was wrong with newer stored states
+    epochs: int = 0  # the last epoch it reported
+    host: str | None = None
+    pid: int | None = None
+    started_at: datetime
+    ended_at: datetime | None = None  # None also where the driver was killed
+
+
 def _schema(table: str, columns: Iterable[tuple[str, pa.DataType, bool]]) -> pa.Schema:
     schema = pa.schema([pa.field(name, kind, nullable=nullable) for name, kind, nullable in columns])
     return schema.with_metadata({"vaesearch.table": table, "vaesearch.schema_version": SCHEMA_VERSION})
@@ -166,25 +192,30 @@ EPOCHS = _schema(
         ("reported_at", _TIME, False),
     ],
 )
+ATTEMPTS = _schema(
+    "attempts",
+    [
+        ("study", pa.string(), False),
+        ("trial", pa.int32(), False),
+        ("attempt", pa.int32(), False),
+        ("outcome", pa.string(), True),
+        ("reason", pa.string(), True),
+        ("from_epoch", pa.int32(), True),
+        ("damaged", pa.string(), True),
+        ("epochs", pa.int32(), False),
+        ("host", pa.string(), True),
+        ("pid", pa.int64(), True),
+        ("started_at", _TIME, False),
+        ("ended_at", _TIME, True),
+    ],
+)
 
-SCHEMAS = {"trials": TRIALS, "epochs": EPOCHS}
+SCHEMAS = {"epochs": EPOCHS, "attempts": ATTEMPTS, "trials": TRIALS}
+"""Table -> schema, in the order in which they are written: what a trial's row sums up is there before it."""
 
-Row = TypeVar("Row", TrialRow, EpochRow)
+ROW_TYPES: Mapping[str, type[Any]] = {"epochs": EpochRow, "attempts": AttemptRow, "trials": TrialRow}
 
-
-def write_atomically(path: Path, content: bytes | pa.Buffer) -> None:
-    """Put a file in place whole: written beside it, synced, renamed, and the rename synced."""
-    temporary = path.with_name(f".{path.name}.tmp")  # readers of the whole folder pass over a leading dot
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+Row = TypeVar("Row", TrialRow, EpochRow, AttemptRow)
 
 
 @dataclass
@@ -205,45 +236,55 @@ class _Part(Generic[Row]):
 class TableWriter(Generic[Row]):
     """Writes one table. A row belongs to one part for good; a full part stays in memory while it has open rows."""
 
-    def __init__(self, folder: Path, schema: pa.Schema) -> None:
-        self.folder, self.schema = folder, schema
-        self._parts: list[_Part[Row]] = [_Part(0, schema.empty_table())]
+    def __init__(self, study_path: Location, table: str) -> None:
+        self.table, self.folder, self.schema = table, study_path / table, SCHEMAS[table]
+        self._parts: list[_Part[Row]] = [_Part(0, self.schema.empty_table())]
         self._home: dict[Hashable, _Part[Row]] = {}  # of the open rows
-        folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
 
-    def resume(self, parts: Iterable[tuple[int, pa.Table, dict[Hashable, Row]]]) -> None:
-        """Go on with parts that are on disk: number, settled rows, open rows; the last one grows."""
-        self._parts = [_Part(number, settled, open=rows) for number, settled, rows in parts]
+    def resume(self, parts: Mapping[int, pa.Table], is_open: Callable[[pa.Table], pa.ChunkedArray]) -> None:
+        """Go on with the parts that are on disk, by number. `is_open` tells the rows that may be replaced yet."""
+        resumed: list[_Part[Row]] = []
+        for number, table in sorted(parts.items()):
+            may_change = is_open(table)
+            rows = to_rows(table.filter(may_change), ROW_TYPES[self.table])
+            if rows or number == max(parts):
+                settled = table.filter(pc.invert(may_change))
+                resumed.append(_Part(number, settled, open={_key(row): row for row in rows}))
+        if resumed:
+            self._parts = resumed
         self._home = {key: part for part in self._parts for key in part.open}
 
-    def put(self, key: Hashable, row: Row) -> None:
+    @property
+    def open_rows(self) -> list[Row]:
+        return [row for part in self._parts for row in part.open.values()]
+
+    def put(self, row: Row) -> None:
         """Add a row that may be replaced, or replace it."""
-        part = self._home.setdefault(key, self._growing())
-        part.open[key] = row
+        part = self._home.setdefault(_key(row), self._growing())
+        part.open[_key(row)] = row
         part.dirty = True
 
-    def settle(self, key: Hashable, row: Row) -> None:
+    def settle(self, row: Row) -> None:
         """Add or replace a row for good."""
-        part = self._home.pop(key, None) or self._growing()
-        part.open.pop(key, None)
+        part = self._home.pop(_key(row), None) or self._growing()
+        part.open.pop(_key(row), None)
         part.pending.append(row)
         part.dirty = True
 
-    def flush(self) -> bool:
-        """Write what changed; False if nothing did."""
-        dirty = [part for part in self._parts if part.dirty]
-        for part in dirty:
+    def changed(self) -> list[Write]:
+        """The files to be written: the parts that changed since the last call."""
+        writes = []
+        for part in (part for part in self._parts if part.dirty):
             part.settled = pa.concat_tables([part.settled, to_table(part.pending, self.schema)])
             if part.settled.column(0).num_chunks > MAX_CHUNKS:
                 part.settled = part.settled.combine_chunks()
             part.pending = []
-            sink = pa.BufferOutputStream()
             whole = pa.concat_tables([part.settled, to_table(list(part.open.values()), self.schema)])
-            pq.write_table(whole, sink, compression="zstd")
-            write_atomically(self.folder / f"part-{part.number:05d}.parquet", sink.getvalue())
+            writes.append(_write_of(self.folder, part.number, whole))
             part.dirty = False
-        self._parts = [part for part in self._parts[:-1] if part.open or part.dirty] + self._parts[-1:]
-        return bool(dirty)
+        self._parts = [part for part in self._parts[:-1] if part.open] + self._parts[-1:]
+        return writes
 
     def _growing(self) -> _Part[Row]:
         last = self._parts[-1]
@@ -253,68 +294,170 @@ class TableWriter(Generic[Row]):
         return last
 
 
+def _write_of(folder: Location, number: int, table: pa.Table) -> Write:
+    rank = list(SCHEMAS).index(folder.name)
+    return Write(folder / f"part-{number:05d}.parquet", rank, functools.partial(_encoded, table))
+
+
+def _key(row: TrialRow | EpochRow | AttemptRow) -> Hashable:
+    if isinstance(row, AttemptRow):
+        return row.trial, row.attempt
+    return (row.trial, row.epoch) if isinstance(row, EpochRow) else row.trial
+
+
+def _encoded(table: pa.Table) -> pa.Buffer:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is on disk of a study's tables, by part. `set_aside`: parts that could not be read."""
+
+    parts: Mapping[str, dict[int, pa.Table]]
+    set_aside: list[Location]
+
+    @property
+    def trials(self) -> list[TrialRow]:
+        """In the order of their numbers; some may be missing where a part was set aside."""
+        return to_rows(_joined("trials", self.parts["trials"]).sort_by("trial"), TrialRow)
+
+    @property
+    def epochs(self) -> pa.Table:
+        return _joined("epochs", self.parts["epochs"])
+
+
+def take_stock(study_path: Location) -> Contents:
+    """Read all tables, for the driver that holds the study: a part that is damaged gets another name."""
+    parts: dict[str, dict[int, pa.Table]] = {}
+    set_aside: list[Location] = []
+    for table, schema in SCHEMAS.items():
+        parts[table] = {}
+        for path in part_files(study_path, table):
+            try:
+                parts[table][_part_number(path)] = read_part(path, schema)
+            except DamagedPart:
+                set_aside.append(path.rename(path.parent / f"{path.name}{DAMAGED}"))  # type: ignore[arg-type]
+    return Contents(parts, set_aside)
+
+
 class Ledger:
-    """Both tables of a study, for the one driver that writes them."""
+    """The tables of a study, for the one driver that writes them."""
 
-    def __init__(self, study_path: Path) -> None:
-        self._trials = TableWriter[TrialRow](study_path / "trials", TRIALS)
-        self._epochs = TableWriter[EpochRow](study_path / "epochs", EPOCHS)
-        self._last_epoch: dict[int, int] = {}
+    def __init__(self, study_path: Location, contents: Contents | None = None) -> None:
+        """contents: what `take_stock` found; None: look now."""
+        self.writer = BackgroundWriter()
+        self._trials = TableWriter[TrialRow](study_path, "trials")
+        self._epochs = TableWriter[EpochRow](study_path, "epochs")
+        self._attempts = TableWriter[AttemptRow](study_path, "attempts")
+        self._seen: dict[int, set[int]] = {}  # trial -> the epochs that are there, of the unfinished trials
+        self._starting: dict[int, int] = {}  # trial -> the writer's ticket of its suggestion
         self._trials_at = self._epochs_at = 0.0  # time.monotonic() of the last write
-        self._resume(study_path)
+        self._resume(take_stock(study_path) if contents is None else contents)
 
-    def _resume(self, study_path: Path) -> None:
-        reopened: list[tuple[int, pa.Table, dict[Hashable, TrialRow]]] = []
-        for file in (files := part_files(study_path, "trials")):
-            table = pq.read_table(file, schema=TRIALS)
-            running = pc.equal(table["state"], "RUNNING")
-            rows: dict[Hashable, TrialRow] = {r.trial: r for r in to_rows(table.filter(running), TrialRow)}
-            if rows or file == files[-1]:
-                reopened.append((_part_number(file), table.filter(pc.invert(running)), rows))
-        if reopened:
-            self._trials.resume(reopened)
-        if files := part_files(study_path, "epochs"):
-            self._epochs.resume([(_part_number(files[-1]), pq.read_table(files[-1], schema=EPOCHS), {})])
-            seen = read_table(study_path, "epochs").group_by("trial").aggregate([("epoch", "max")])
-            self._last_epoch = dict(zip(seen["trial"].to_pylist(), seen["epoch_max"].to_pylist(), strict=True))
+    def _resume(self, contents: Contents) -> None:
+        self._drop_orphans(contents)
+        self._trials.resume(contents.parts["trials"], lambda table: pc.equal(table["state"], "RUNNING"))
+        self._epochs.resume(contents.parts["epochs"], lambda table: pc.is_null(table["trial"]))  # none
+        self._attempts.resume(contents.parts["attempts"], lambda table: pc.is_null(table["outcome"]))
+        for attempt in self._attempts.open_rows:
+            self._attempts.settle(replace(attempt, outcome="interrupted"))
+        unfinished = pa.array([row.trial for row in self._trials.open_rows], pa.int32())
+        for table in contents.parts["epochs"].values():
+            theirs = table.filter(pc.is_in(table["trial"], unfinished))
+            for trial, epoch in zip(theirs["trial"].to_pylist(), theirs["epoch"].to_pylist(), strict=True):
+                self._seen.setdefault(trial, set()).add(epoch)
 
-    def start_trial(self, row: TrialRow) -> None:
-        """Put a suggestion on disk. Returns when it is there."""
-        self._trials.put(row.trial, row)
-        self._flush_trials()
+    def _drop_orphans(self, contents: Contents) -> None:
+        """Remove what is left of trials that went with a damaged part: their numbers will be tried anew."""
+        known = _joined("trials", contents.parts["trials"])["trial"].combine_chunks()
+        for writer in (self._epochs, self._attempts):
+            parts = contents.parts[writer.table]
+            for number, table in parts.items():
+                is_known = pc.is_in(table["trial"], known)
+                if not pc.all(is_known, min_count=0).as_py():
+                    parts[number] = table.filter(is_known)
+                    self.writer.put([_write_of(writer.folder, number, parts[number])])
+
+    @property
+    def error(self) -> str | None:
+        """Why the tables could not be written the last time; None if they could."""
+        return self.writer.error
+
+    def start_trial(self, row: TrialRow) -> bool:
+        """Put a suggestion on disk; False if it is not there yet: ask again."""
+        if row.trial not in self._starting:
+            self._trials.put(row)
+            self._starting[row.trial] = self._flush()
+        if not self.writer.wait(self._starting[row.trial], START_WAIT_S):
+            return False
+        del self._starting[row.trial]
+        return True
+
+    def update_trial(self, row: TrialRow) -> None:
+        """What is known by now of a trial under way."""
+        self._trials.put(row)
+
+    def update_attempt(self, row: AttemptRow) -> None:
+        """What is known by now of an attempt; for good where it has an outcome."""
+        if row.outcome is None:
+            self._attempts.put(row)
+        else:
+            self._attempts.settle(row)
 
     def add_epochs(self, rows: Iterable[EpochRow]) -> list[EpochRow]:
         """Add the rows that are not there yet: a trial that went on from a rung reports some epochs again."""
-        new = [row for row in rows if row.epoch > self._last_epoch.get(row.trial, 0)]
+        new = [row for row in rows if row.epoch not in self._seen.get(row.trial, ())]
         for row in new:
-            self._epochs.settle((row.trial, row.epoch), row)
-            self._last_epoch[row.trial] = row.epoch
+            self._epochs.settle(row)
+            self._seen.setdefault(row.trial, set()).add(row.epoch)
         return new
 
     def end_trial(self, row: TrialRow) -> None:
         """Record what became of a trial; on disk by the next `tick`, at most half a second later."""
-        self._trials.settle(row.trial, row)
-        self._last_epoch.pop(row.trial, None)
+        self._trials.settle(row)
+        self._seen.pop(row.trial, None)
 
     def tick(self) -> None:
-        """Called often: writes what has waited long enough. Epochs go first: an ended trial has all of its."""
+        """Called often: has written what has waited long enough, as soon as the last writing is done."""
+        if not self.writer.is_idle:
+            return
         now = time.monotonic()
-        if now - self._epochs_at >= EPOCHS_FLUSH_EVERY_S:
-            self._flush_epochs()
         if now - self._trials_at >= TRIALS_FLUSH_EVERY_S:
-            self._flush_trials()
+            self._flush()
+        elif now - self._epochs_at >= EPOCHS_FLUSH_EVERY_S:
+            self._flush_epochs()
 
-    def flush(self) -> None:
-        self._flush_trials()
+    def flush(self, timeout_s: float | None = None) -> bool:
+        """Write everything; False if that did not succeed in time."""
+        return self.writer.wait(self._flush(), timeout_s)
 
-    def _flush_trials(self) -> None:
-        self._flush_epochs()
-        if self._trials.flush():
+    def _flush(self) -> int:
+        """Epochs go along: an ended trial has all of its."""
+        others = [*self._attempts.changed(), *self._trials.changed()]
+        if others:
             self._trials_at = time.monotonic()
+        return self._flush_epochs(others)
 
-    def _flush_epochs(self) -> None:
-        if self._epochs.flush():
+    def _flush_epochs(self, others: Iterable[Write] = ()) -> int:
+        epochs = self._epochs.changed()
+        if epochs:
             self._epochs_at = time.monotonic()
+        return self.writer.put([*epochs, *others])
+
+
+class DamagedPart(ValueError):
+    """A part that is no Parquet, or only half of one."""
+
+
+def read_part(path: Location, schema: pa.Schema) -> pa.Table:
+    """The rows of one part, opened once: it may be replaced meanwhile. Raises DamagedPart."""
+    content = path.read_bytes()
+    try:
+        return pq.read_table(pa.BufferReader(content), schema=schema)
+    except (pa.ArrowException, OSError, ValueError) as error:  # the bytes are in memory: it is they
+        raise DamagedPart(f"{path}: damaged: {' '.join(str(error).split())}") from None
 
 
 def to_table(rows: list[Any], schema: pa.Schema) -> pa.Table:
@@ -330,26 +473,36 @@ def to_rows(table: pa.Table, row_type: type[Row]) -> list[Row]:
     return [row_type(**values) for values in table.to_pylist()]
 
 
-def part_files(study_path: Path, table: str) -> list[Path]:
+def part_files(study_path: Location, table: str) -> list[Location]:
     """The parts of a table, oldest first; [] if there is none yet."""
-    return sorted((study_path / table).glob("part-*.parquet"))
+    return sorted((study_path / table).glob("part-*.parquet"), key=lambda path: path.name)
 
 
-def read_table(study_path: Path, table: str) -> pa.Table:
-    """A whole table of a study, also while it is being written."""
-    parts = part_files(study_path, table)
-    schema = SCHEMAS[table]
-    return pa.concat_tables([schema.empty_table(), *(pq.read_table(part, schema=schema) for part in parts)])
+def read_table(study_path: Location, table: str) -> pa.Table:
+    """A whole table of a study, also while it is being written. A damaged part is left out, which is logged."""
+    parts = {}
+    for path in part_files(study_path, table):
+        try:
+            parts[_part_number(path)] = read_part(path, SCHEMAS[table])
+        except FileNotFoundError:  # set aside just now
+            continue
+        except DamagedPart as error:
+            log.warning("%s; its rows are left out, and the next run of the study sets it aside", error)
+    return _joined(table, parts)
 
 
-def read_trials(study_path: Path) -> list[TrialRow]:
+def read_trials(study_path: Location) -> list[TrialRow]:
     """The trials of a study in the order of their numbers."""
     return to_rows(read_table(study_path, "trials").sort_by("trial"), TrialRow)
 
 
-def _part_number(path: Path) -> int:
-    return int(path.stem.removeprefix("part-"))
+def _joined(table: str, parts: Mapping[int, pa.Table]) -> pa.Table:
+    return pa.concat_tables([SCHEMAS[table].empty_table(), *(parts[number] for number in sorted(parts))])
 
 
-assert [f.name for f in fields(TrialRow)] == TRIALS.names
-assert [f.name for f in fields(EpochRow)] == EPOCHS.names
+def _part_number(path: Location) -> int:
+    return int(path.name.removeprefix("part-").removesuffix(".parquet"))
+
+
+for _table, _row_type in ROW_TYPES.items():
+    assert [f.name for f in fields(_row_type)] == SCHEMAS[_table].names

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from search.events import StudyEvents
-from search.ledger import EpochRow, TrialRow
+from search.ledger import AttemptRow, EpochRow, TrialRow
 from search.results import ranked
 from search.spec import StudySpec
 
@@ -64,6 +64,14 @@ class Progress(StudyEvents):
 
     def epochs_done(self, row: TrialRow, epochs: list[EpochRow]) -> None:
         self._running[row.trial] = row
+
+    def worker_lost(self, row: TrialRow, attempt: AttemptRow) -> None:
+        self.say(
+            f"trial {row.trial}: attempt {attempt.attempt} {attempt.outcome} at epoch {row.epochs}: {attempt.reason}"
+        )
+
+    def state_damaged(self, row: TrialRow, attempt: AttemptRow) -> None:
+        self.say(f"trial {row.trial}: {attempt.damaged}; it goes on from epoch {attempt.from_epoch}")
 
     def trial_ended(self, row: TrialRow) -> None:
         self._running.pop(row.trial, None)

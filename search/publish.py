@@ -2,6 +2,7 @@
 
 import io
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -13,12 +14,14 @@ import torch
 from search.checkpoints import CheckpointStore
 from search.checks import check_fingerprint
 from search.ledger import TrialRow
-from search.results import CHECKPOINTS_FOLDER, MODELS_FOLDER, Study, ranked
+from search.results import CHECKPOINTS_FOLDER, MODEL_FILE, MODELS_FOLDER, Study, ranked
+from search.storage import Location, fetch_tree, replace_tree, restore_tree
 from vae import export
 from vae.config import InputError
 from vae.data import Dataset
 from vae.model import VAE
 from vae.objective import evaluate, fixed_noise
+from vae.training import Trainer
 
 TOLERANCE_NATS = 1e-4
 """How far the value of a model read back may lie from the one in the ledger."""
@@ -28,22 +31,14 @@ class ExportMismatch(RuntimeError):
     """A model that was read back does not give the value in the ledger. It is not announced."""
 
 
-def publish_best(study: Study, data: Dataset) -> list[Path]:
+def publish_best(study: Study, data: Dataset) -> list[Location]:
     """Export the study's best as `models/<rank>-trial-<n>/`, in place of what was exported before."""
-    target = study.path / MODELS_FOLDER
-    building, old = target.with_name("models.tmp"), target.with_name("models.old")
-    if old.exists() and not target.exists():
-        old.rename(target)  # an earlier export was cut off between its two renames
-    shutil.rmtree(building, ignore_errors=True)
+    restore_tree(study.path / MODELS_FOLDER)
     rows = [row for row in ranked(study.rows())[: study.spec.export.top] if _has_weights(study, row)]
-    folders = export_models(study, rows, data, building)
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    if building.exists():
-        building.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-    return [target / folder.name for folder in folders]
+    with tempfile.TemporaryDirectory(prefix="vaesearch-") as building:
+        folders = export_models(study, rows, data, Path(building))
+        replace_tree(Path(building), study.path / MODELS_FOLDER, last=MODEL_FILE)
+    return [study.path / MODELS_FOLDER / folder.name for folder in folders]
 
 
 def export_best(study: Study, data: Dataset, top: int, to: Path) -> list[Path]:
@@ -93,20 +88,27 @@ def _has_weights(study: Study, row: TrialRow) -> bool:
 
 
 def _weights(study: Study, row: TrialRow, data: Dataset) -> VAE:
-    stored = _store(study).read(row.trial)
-    if stored is None:
-        return export.load(_exported(study)[row.trial])
+    """The trained model. Where its last state cannot be read, it is trained again from the one before, or from 0."""
+    stored = _store(study).newest(row.trial)
+    if stored.state is None and row.trial in _exported(study):
+        with tempfile.TemporaryDirectory(prefix="vaesearch-") as scratch:
+            return export.load(fetch_tree(_exported(study)[row.trial], Path(scratch) / "model"))
     config = study.spec.model_config_for(row.params, data.input_dim)
-    model = VAE(replace(config, hidden_dims=tuple(row.hidden_dims)))
-    model.load_state_dict(torch.load(io.BytesIO(stored), weights_only=True, map_location="cpu")["trainer"]["model"])
-    return model.eval()
+    config = replace(config, hidden_dims=tuple(row.hidden_dims))
+    trainer = Trainer(config, study.spec.train_config_for(row.params), data, seed=row.seed)
+    if stored.state is not None:
+        state = torch.load(io.BytesIO(stored.state), weights_only=True, map_location="cpu")
+        trainer.load_state_dict(state["trainer"])
+    for _ in trainer:
+        pass
+    return trainer.model.eval()
 
 
 def _store(study: Study) -> CheckpointStore:
     return CheckpointStore(study.path / CHECKPOINTS_FOLDER)
 
 
-def _exported(study: Study) -> Mapping[int, Path]:
+def _exported(study: Study) -> Mapping[int, Location]:
     return {int(folder.name.rpartition("-")[2]): folder for folder in study.model_folders()}
 
 

@@ -4,18 +4,19 @@ import tomllib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import tomli_w
 
-from search.ledger import TrialRow, read_table, read_trials, write_atomically
+from search.ledger import TrialRow, read_table, read_trials
 from search.spec import StudySpec
+from search.storage import Location, location, write_atomically
 from vae.config import InputError
 
 STUDY_FILE = "study.toml"
 MODELS_FOLDER = "models"
+MODEL_FILE = "config.json"  # of a model's folder, written last
 CHECKPOINTS_FOLDER = "checkpoints"
 
 
@@ -47,6 +48,7 @@ class Summary:
     epochs_trained: int
     epochs_saved: int  # by early stopping, against every such trial run to its end
     train_wall_s: float  # summed over the trials
+    restarts: int  # attempts beyond each trial's first
 
     @property
     def ended(self) -> int:
@@ -64,7 +66,7 @@ class Summary:
 class Study:
     """A stored study. Everything is read anew at each call, so it may be watched while it runs."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Location) -> None:
         self.path = path
 
     @property
@@ -93,16 +95,20 @@ class Study:
         """One row a trial and epoch; columns as in `search.ledger.EpochRow`."""
         return read_table(self.path, "epochs")
 
+    def attempts(self) -> pa.Table:
+        """One row a start of a trial in a worker; columns as in `search.ledger.AttemptRow`."""
+        return read_table(self.path, "attempts")
+
     def rows(self) -> list[TrialRow]:
         return read_trials(self.path)
 
     def summary(self) -> Summary:
         return summarise(self.name, self.spec.budget.trials, self.rows())
 
-    def model_folders(self) -> list[Path]:
+    def model_folders(self) -> list[Location]:
         """The exported models, best first."""
-        folders = (self.path / MODELS_FOLDER).glob("*-trial-*")
-        return sorted(folders, key=lambda folder: int(folder.name.split("-")[0]))
+        configs = (self.path / MODELS_FOLDER).glob(f"*-trial-*/{MODEL_FILE}")
+        return sorted((config.parent for config in configs), key=lambda folder: int(folder.name.split("-")[0]))
 
 
 def summarise(name: str, trials: int, rows: list[TrialRow]) -> Summary:
@@ -126,6 +132,7 @@ def summarise(name: str, trials: int, rows: list[TrialRow]) -> Summary:
         epochs_trained=sum(row.epochs for row in rows),
         epochs_saved=sum(row.max_epochs - row.epochs for row in stopped),
         train_wall_s=sum(row.train_wall_s for row in rows),
+        restarts=sum(max(0, row.attempts - 1) for row in rows),
     )
 
 
@@ -147,9 +154,9 @@ def ranked(rows: list[TrialRow]) -> list[TrialRow]:
     return sorted(full, key=lambda row: (row.val_nelbo, row.trial))
 
 
-def open_study(path: str | Path) -> Study:
-    """The study in a folder. Raises InputError if there is none."""
-    path = Path(path)
+def open_study(path: str | Location) -> Study:
+    """The study in a folder or behind a URL. Raises InputError if there is none."""
+    path = location(path)
     if not (path / STUDY_FILE).is_file():
         others = [study.name for study in list_studies(path.parent)]
         known = f"studies in {path.parent}: {', '.join(others)}" if others else f"there is none in {path.parent}"
@@ -157,11 +164,12 @@ def open_study(path: str | Path) -> Study:
     return Study(path)
 
 
-def list_studies(storage: Path) -> list[Study]:
+def list_studies(storage: str | Location) -> list[Study]:
     """All studies of a storage folder, by name."""
-    return [Study(file.parent) for file in sorted(storage.glob(f"*/{STUDY_FILE}"))]
+    files = location(storage).glob(f"*/{STUDY_FILE}")
+    return sorted((Study(file.parent) for file in files), key=lambda study: study.name)
 
 
-def write_study_file(path: Path, spec: StudySpec, provenance: Mapping[str, Any]) -> None:
+def write_study_file(path: Location, spec: StudySpec, provenance: Mapping[str, Any]) -> None:
     content = tomli_w.dumps({**spec.dump(), "provenance": dict(provenance)})
     write_atomically(path / STUDY_FILE, content.encode())

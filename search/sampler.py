@@ -9,23 +9,26 @@ Here every result carries `final` and `status`, and what became of a trial decid
     diverged, out of memory         a finite penalty, constraint violated, PRUNED
     error, worker lost for good     FAIL
 
-The study lives in memory. It is rebuilt from the ledger, never unpickled, and suggestion n depends on the
-study's seed, on n and on the history alone.
+A worker that was lost is nothing to Optuna as long as its trial is started again. The study lives in memory.
+It is rebuilt from the ledger, never unpickled, and suggestion n depends on the study's seed, on n and on the
+history alone.
 """
 
 import dataclasses
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from ray.exceptions import OutOfMemoryError
 from ray.tune.search import Searcher
 
 from search.events import StudyEvents
-from search.ledger import EpochRow, Ledger, TrialRow
+from search.ledger import AttemptRow, EpochRow, Ledger, TrialRow
 from search.space import Space
 from search.spec import Params, StudySpec
 
@@ -37,6 +40,17 @@ PENALTY_NATS = 1.0
 
 Curve = Mapping[int, float]
 """Epoch -> validation value."""
+
+
+@dataclass
+class _Live:
+    """A trial under way."""
+
+    trial: optuna.Trial
+    params: Params
+    row: TrialRow
+    attempt: AttemptRow
+    is_stalled: bool = False  # its worker is being taken away because nothing moved
 
 
 class StudySearcher(Searcher):
@@ -55,10 +69,15 @@ class StudySearcher(Searcher):
         self.space = Space(spec.space)
         self.study = rebuild_study(spec, self.space, rows, curves)
         self.failures: list[TrialRow] = []  # in a row, up to now
-        self._unfinished = {row.trial: row for row in rows if row.state == "RUNNING"}
-        self._next_number = len(rows)
-        self._live: dict[str, tuple[optuna.Trial, TrialRow]] = {}
-        self._last_loss: dict[str, str] = {}  # what took a trial's worker away, by Ray's id
+        known = {row.trial: row for row in rows}
+        self._next_number = len(self.study.trials)
+        self._unfinished: dict[int, TrialRow | None] = {  # None: never begun, or its row was lost
+            number: known.get(number)
+            for number in range(self._next_number)
+            if number not in known or known[number].state == "RUNNING"
+        }
+        self._asked: _Live | None = None  # a suggestion on its way to the disk
+        self._live: dict[str, _Live] = {}  # by Ray's id
 
     @property
     def gave_up(self) -> bool:
@@ -66,46 +85,64 @@ class StudySearcher(Searcher):
         return len(self.failures) >= self.spec.budget.max_consecutive_failures
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        if self.gave_up or (not self._unfinished and self._next_number >= self.spec.budget.trials):
-            return Searcher.FINISHED  # type: ignore[return-value]  # Tune's own sentinel
-        before = None
-        if self._unfinished:
-            before = self._unfinished.pop(number := min(self._unfinished))
-        else:
-            number = self._next_number
-            self._next_number += 1
-        self.study.sampler = make_sampler(self.spec, number)
-        if number == 0 and before is None:
-            self.study.enqueue_trial(self.space.start())
-        trial = self.study.ask()
-        assert trial.number == number
-        params = self.space.suggest(trial)
-        row = before or self._new_row(number, params)
-        attempts_before, row = row.attempts, dataclasses.replace(row, attempts=row.attempts + 1)
-        self.ledger.start_trial(row)
-        self._live[trial_id] = (trial, row)
+        if self._asked is None:
+            if self.gave_up or (not self._unfinished and self._next_number >= self.spec.budget.trials):
+                return Searcher.FINISHED  # type: ignore[return-value]  # Tune's own sentinel
+            self._asked = self._ask()
+        live = self._asked
+        if not self.ledger.start_trial(live.row):
+            return None  # Tune comes back; meanwhile the trials under way are served
+        self._asked = None
+        self._live[trial_id] = live
         for listener in self.events:
-            listener.trial_started(row)
-        return {"trial": number, "attempts_before": attempts_before, "seed": row.seed, "params": params}
+            listener.trial_started(live.row)
+        return {"trial": live.row.trial, "seed": live.row.seed, "params": live.params}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        self._take(trial_id, result)
+        self._take(self._live[trial_id], result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if trial_id not in self._live:
             return
+        live = self._live.pop(trial_id)
         if result is not None and "epochs" in result and not error:
-            self._take(trial_id, result)
-            self._end(trial_id, outcome_of(result))
+            self._take(live, result)
+            self._settle_attempt(live, "ended", None)
+            self._end(live, outcome_of(result))
         elif error:
-            reason = self._last_loss.get(trial_id, "its worker was lost")
-            self._end(trial_id, ("FAIL", "lost", f"{reason}, beyond {self.spec.budget.max_retries} retries"))
-        else:
-            self._live.pop(trial_id)  # the study was interrupted: the ledger's row stays RUNNING and goes on next time
+            if live.attempt.outcome is None:
+                self._settle_attempt(live, "lost", "its worker was lost")
+            self._end(live, self._loss_for_good(live.attempt))
+        else:  # the study was interrupted: the ledger's row stays RUNNING and goes on next time
+            self._settle_attempt(live, "interrupted", None)
 
-    def worker_lost(self, trial_id: str, reason: str) -> None:
-        """Tune is about to start the trial again, or to give it up if it was lost too often."""
-        self._last_loss[trial_id] = reason
+    def is_live(self, trial_id: str) -> bool:
+        return trial_id in self._live
+
+    def stalled(self, trial_id: str) -> None:
+        """The worker of a trial is about to be killed, since nothing moved."""
+        self._live[trial_id].is_stalled = True
+
+    def worker_lost(self, trial_id: str, error: BaseException | None) -> None:
+        """A worker is gone. Tune is about to start its trial again, or to give it up if it was lost too often."""
+        if (live := self._live.get(trial_id)) is None:
+            return
+        if live.is_stalled:
+            outcome, reason = "timeout", f"no training step for {self.spec.budget.stall_timeout_s:g} s"
+        else:
+            outcome, reason = "oom" if _is_out_of_memory(error) else "lost", _one_line(error)
+        self._settle_attempt(live, outcome, reason)
+        for listener in self.events:
+            listener.worker_lost(live.row, live.attempt)
+
+    def started_again(self, trial_id: str) -> None:
+        """A trial whose worker was lost waits for another one."""
+        live = self._live[trial_id]
+        live.is_stalled = False
+        live.row = dataclasses.replace(live.row, attempts=live.row.attempts + 1)
+        live.attempt = _new_attempt(live.row)
+        self.ledger.update_trial(live.row)
+        self.ledger.update_attempt(live.attempt)
 
     def save(self, checkpoint_path: str) -> None:
         """The ledger has it all."""
@@ -115,6 +152,21 @@ class StudySearcher(Searcher):
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its searcher now and then, and we never read that back
+
+    def _ask(self) -> _Live:
+        """The next trial, unfinished ones first, and those whose row was lost."""
+        number = min(self._unfinished, default=self._next_number)
+        before = self._unfinished.pop(number, None)
+        self._next_number = max(self._next_number, number + 1)
+        self.study.sampler = make_sampler(self.spec, number)
+        trial = self.study.ask()
+        assert trial.number == number
+        params = self.space.suggest(trial)
+        row = before or self._new_row(number, params)
+        row = dataclasses.replace(row, attempts=row.attempts + 1)
+        live = _Live(trial, params, row, _new_attempt(row))
+        self.ledger.update_attempt(live.attempt)
+        return live
 
     def _new_row(self, number: int, params: Params) -> TrialRow:
         model = self.spec.model_config_for(params, input_dim=1)
@@ -135,26 +187,50 @@ class StudySearcher(Searcher):
             suggested_at=_now(),
         )
 
-    def _take(self, trial_id: str, result: dict[str, Any]) -> None:
+    def _take(self, live: _Live, result: dict[str, Any]) -> None:
         """Write a result's epochs and tell Optuna of them."""
-        trial, row = self._live[trial_id]
-        now = _now()
+        now, row, trial = _now(), live.row, live.trial
         new = self.ledger.add_epochs(
-            EpochRow(study=row.study, trial=row.trial, attempt=result["attempt"], reported_at=now, **epoch)
+            EpochRow(study=row.study, trial=row.trial, attempt=live.attempt.attempt, reported_at=now, **epoch)
             for epoch in result["epochs"]
         )
         told = trial.storage.get_trial(trial._trial_id).intermediate_values
         for epoch in result["epochs"]:
             if epoch["epoch"] not in told:
                 trial.report(epoch["val_nelbo"], epoch["epoch"])
-        row = updated_row(row, result)
-        self._live[trial_id] = (trial, row)
+        live.row = updated_row(row, result)
+        self._update_attempt(live, result)
         for listener in self.events:
-            listener.epochs_done(row, new)
+            listener.epochs_done(live.row, new)
 
-    def _end(self, trial_id: str, outcome: tuple[str, str, str | None]) -> None:
-        trial, row = self._live.pop(trial_id)
-        self._last_loss.pop(trial_id, None)
+    def _update_attempt(self, live: _Live, result: dict[str, Any]) -> None:
+        is_first = live.attempt.from_epoch is None and result["from_epoch"] is not None
+        live.attempt = dataclasses.replace(
+            live.attempt,
+            from_epoch=result["from_epoch"],
+            damaged=result["damaged"],
+            epochs=live.row.epochs,
+            host=live.row.host,
+            pid=live.row.pid,
+        )
+        if is_first:
+            self.ledger.update_attempt(live.attempt)
+            if live.attempt.damaged is not None:
+                for listener in self.events:
+                    listener.state_damaged(live.row, live.attempt)
+
+    def _settle_attempt(self, live: _Live, outcome: str, reason: str | None) -> None:
+        live.attempt = dataclasses.replace(live.attempt, outcome=outcome, reason=reason, ended_at=_now())
+        self.ledger.update_attempt(live.attempt)
+
+    def _loss_for_good(self, attempt: AttemptRow) -> tuple[str, str, str | None]:
+        """What becomes of a trial whose worker was lost too often."""
+        assert attempt.outcome is not None
+        state = "PRUNED" if attempt.outcome == "oom" else "FAIL"
+        return state, attempt.outcome, f"{attempt.reason}, beyond {self.spec.budget.max_retries} retries"
+
+    def _end(self, live: _Live, outcome: tuple[str, str, str | None]) -> None:
+        trial, row = live.trial, live.row
         state, status, reason = outcome
         objective: float | None
         if status in ("diverged", "oom") and row.no_latent_nelbo is not None:
@@ -187,7 +263,6 @@ def outcome_of(result: Mapping[str, Any]) -> tuple[str, str, str | None]:
 def updated_row(row: TrialRow, result: Mapping[str, Any]) -> TrialRow:
     """The row with what a result says; the figures are those of the last epoch."""
     known = {
-        "attempts": result["attempt"],
         "num_parameters": result["num_parameters"],
         "no_latent_nelbo": result["no_latent_nelbo"],
         "device": result["device"],
@@ -223,11 +298,18 @@ def make_sampler(spec: StudySpec, number: int) -> optuna.samplers.BaseSampler:
 
 
 def rebuild_study(spec: StudySpec, space: Space, rows: list[TrialRow], curves: Mapping[int, Curve]) -> optuna.Study:
-    """The Optuna study as the ledger tells it. Unfinished trials wait, with their number and parameters."""
+    """The Optuna study as the ledger tells it. Unfinished trials wait, with their number and parameters.
+
+    So do those whose row was lost, without parameters, and the first trial of all, with the default ones.
+    """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(direction="minimize", sampler=make_sampler(spec, 0))
-    for row in rows:
-        study.add_trial(frozen_trial(space, row, curves.get(row.trial, {})))
+    known = {row.trial: row for row in rows}
+    for number in range(max(known, default=0) + 1):
+        if number in known:
+            study.add_trial(frozen_trial(space, known[number], curves.get(number, {})))
+        else:
+            study.add_trial(_waiting(space.start() if number == 0 else {}))
     return study
 
 
@@ -235,8 +317,10 @@ def frozen_trial(space: Space, row: TrialRow, curve: Curve) -> FrozenTrial:
     """A ledger row as Optuna's trial, equal to what the study held when it was written."""
     params, distributions = space.chosen(row.params)
     if row.state == "RUNNING":
-        return create_trial(state=TrialState.WAITING, system_attrs={"fixed_params": params})
+        return _waiting(params)
     values = dict(curve)
+    if row.epochs and row.val_nelbo is not None:
+        values.setdefault(row.epochs, row.val_nelbo)  # where the epochs went with a damaged part
     if row.status in ("diverged", "oom") and row.objective is not None:
         values[row.epochs + 1] = row.objective
     pruned_at = values[max(values)] if values else None
@@ -250,9 +334,27 @@ def frozen_trial(space: Space, row: TrialRow, curve: Curve) -> FrozenTrial:
     )
 
 
+def _waiting(params: Params) -> FrozenTrial:
+    return create_trial(state=TrialState.WAITING, system_attrs={"fixed_params": params})
+
+
 def trial_seed(study_seed: int, number: int) -> int:
     """The seed of a trial: of its initial weights, its order of rows and its noise."""
     return int(np.random.SeedSequence([study_seed, number, 1]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _new_attempt(row: TrialRow) -> AttemptRow:
+    return AttemptRow(study=row.study, trial=row.trial, attempt=row.attempts, started_at=_now())
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """True where Ray killed the worker because its node ran out of memory."""
+    return isinstance(error, OutOfMemoryError) or "low on memory" in str(error)
+
+
+def _one_line(error: BaseException | None) -> str:
+    lines = [line.strip() for line in str(error or "its worker was lost").splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 def _now() -> datetime:

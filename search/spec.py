@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
 from pydantic import model_validator as pydantic_model_validator
 
+from search.storage import Location, location
 from search.study_file import explain, read_study_file, set_dotted
 from vae.config import (
     ActivationName,
@@ -38,6 +39,15 @@ class Range:
     high: float
     log: bool = False
 
+
+NO_IDENTITY = (
+    ("data", "source"),
+    ("data", "data_dir"),
+    ("budget", "max_retries"),
+    ("budget", "max_consecutive_failures"),
+    ("budget", "stall_timeout_s"),
+)
+"""Keys that may change from one run of a study to the next."""
 
 Entry = Any
 """A parameter of the space: a value fixes it, a tuple enumerates it, a `Range` ranges over it."""
@@ -203,6 +213,9 @@ class BudgetSpec(_Section):
     max_epochs: int = Field(60, ge=1, description="epochs of a trial that is not stopped early")
     max_retries: int = Field(3, ge=0, description="times a trial is started again after its worker was lost")
     max_consecutive_failures: int = Field(5, ge=1, description="failed trials in a row after which the study stops")
+    stall_timeout_s: float = Field(
+        600, gt=0, description="seconds without a training step after which a trial is started again elsewhere"
+    )
 
 
 class SamplerSpec(_Section):
@@ -235,7 +248,12 @@ class ResourcesSpec(_Section):
 
 
 class StorageSpec(_Section):
-    path: str = Field("studies", min_length=1, description="the folder that holds the studies' folders")
+    path: str = Field(
+        "studies", min_length=1, description="what holds the studies: a folder, or a URL such as s3://bucket/studies"
+    )
+    patience_s: float = Field(
+        120, ge=0, description="seconds for which writing is tried again where it fails, before the study stops"
+    )
 
 
 class StudySpec(_Section):
@@ -301,7 +319,7 @@ class StudySpec(_Section):
         return self
 
     @classmethod
-    def load(cls, path: Path | None = None, overrides: Mapping[str, object] | None = None) -> "StudySpec":
+    def load(cls, path: Location | None = None, overrides: Mapping[str, object] | None = None) -> "StudySpec":
         """Read a TOML or YAML study file (none: all defaults), then set the dotted keys of `overrides`.
 
         Raises InputError that names the file or the key, and what would do.
@@ -317,9 +335,9 @@ class StudySpec(_Section):
             raise InputError("\n".join(explain(error, cls, where, overrides))) from None
 
     @property
-    def folder(self) -> Path:
-        """Where the study lies."""
-        return Path(self.storage.path).expanduser() / self.name
+    def folder(self) -> Location:
+        """Where the study lies. Raises InputError if the storage cannot be opened."""
+        return location(self.storage.path) / self.name
 
     def data_config(self) -> DataConfig:
         return DataConfig(**self.data.model_dump(), seed=self.seed)
@@ -333,6 +351,12 @@ class StudySpec(_Section):
         own = {k: params[k] for k in ("activation", "leaky_relu_slope", "dropout", "latent_dim") if k in params}
         fixed = self.model.model_dump(exclude={"hidden_dims"})
         return ModelConfig(input_dim=input_dim, hidden_dims=tuple(hidden), **fixed, **own)
+
+    def largest_model(self, input_dim: int) -> ModelConfig:
+        """The model of the most weights in the space."""
+        sizes = ("latent_dim", "hidden_width", "hidden_layers")
+        entries = {name: getattr(self.space, name) for name in sizes}
+        return self.model_config_for({name: largest(e) for name, e in entries.items() if e is not None}, input_dim)
 
     def train_config_for(self, params: Params) -> TrainConfig:
         own = {k: params[k] for k in ("learning_rate", "batch_size") if k in params}
@@ -354,18 +378,25 @@ class StudySpec(_Section):
         return rungs
 
     def identity(self) -> dict[str, Any]:
-        """What makes two specs the same study, as dotted keys: all but where and how fast it is run.
+        """What makes two specs the same study, as dotted keys: all but where, how fast and how patiently it is run.
 
         The data are known by their fingerprint, not by the path they were read from.
         """
         dump = self.model_dump(mode="json", exclude={"name", "storage", "resources", "export"})
-        for key in ("source", "data_dir"):
-            dump["data"].pop(key)
+        for section, key in NO_IDENTITY:
+            dump[section].pop(key)
         return dict(_flatten(dump))
 
     def dump(self) -> dict[str, Any]:
         """Plain nested values, without the keys that are None, which TOML cannot say."""
         return _without_none(self.model_dump(mode="json"))
+
+
+def largest(entry: Entry) -> Any:
+    """The largest value that a parameter can take."""
+    if isinstance(entry, Range):
+        return entry.high
+    return max(entry) if isinstance(entry, tuple) else entry
 
 
 def spec_diff(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:

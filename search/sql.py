@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -11,6 +10,7 @@ import pyarrow as pa
 
 from search.ledger import SCHEMAS, read_table
 from search.results import Study, list_studies
+from search.storage import Location
 from vae.config import InputError
 
 TIME_LIMIT_S = 300.0
@@ -33,8 +33,8 @@ class QueryFailed(InputError):
     """The SQL is wrong, not allowed, or took too long. The text is duckdb's, or says what is allowed."""
 
 
-def query(sql: str, storage: Path, time_limit_s: float = TIME_LIMIT_S) -> pa.Table:
-    """The answer to one SELECT over the views `studies`, `trials` and `epochs`. Raises QueryFailed, InputError."""
+def query(sql: str, storage: str | Location, time_limit_s: float = TIME_LIMIT_S) -> pa.Table:
+    """The answer to one SELECT over `studies`, `trials`, `epochs` and `attempts`. Raises QueryFailed, InputError."""
     studies = list_studies(storage)
     if not studies:
         raise InputError(f"{storage}: there is no study there; name the folder of your studies with --storage")

@@ -1,11 +1,13 @@
 """`run_study`: wires data, ledger, sampler, early stopping and Ray Tune together. Run and resume are one function."""
 
 import contextlib
+import math
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,16 +16,19 @@ import pyarrow.compute as pc
 
 from cluster.resources import PlacementError, fitting_trials
 from cluster.runtime import Runtime, environment, ray_runtime
-from search.checkpoints import CheckpointStore
-from search.checks import check_batches, check_writable, same_study
+from search.checkpoints import SERVER_THREADS, CheckpointStore, StoreReport, StoreServer
+from search.checks import check_batches, check_space, same_study
 from search.early_stopping import Asha
 from search.events import StudyEvents
 from search.interrupts import Interrupts, interrupts_caught
 from search.lease import Lease
-from search.ledger import Ledger, TrialRow
+from search.ledger import Ledger, TrialRow, take_stock
 from search.results import CHECKPOINTS_FOLDER, STUDY_FILE, Study, ranked, write_study_file
 from search.space import Space
 from search.spec import StudySpec
+from search.storage import Location, StorageFailed, check_writable, reason_of
+from search.watchdog import Watchdog
+from search.writer import Patience
 from vae.config import InputError
 from vae.data import Dataset, load_data
 
@@ -39,6 +44,8 @@ TUNE_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0: not a word on stdout
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
+REPORT_EVERY_S = 1.0  # how often the checkpoint store is asked how it is
+LAST_FLUSH_S = 1.0  # what an interrupted study may take for its last rows
 LOGGED_VERSIONS = ("vaesearch", "ray", "torch", "optuna", "numpy", "pyarrow")
 
 
@@ -58,7 +65,7 @@ def run_study(
 
     address: a Ray cluster to join; None: a private Ray on this machine. extend: trials beyond those the
     stored study asks for. events: who hears of trials. say: takes the few lines meant for people.
-    Raises InputError before anything is written; StudyFailed; Interrupted.
+    Raises InputError before anything is written; StudyFailed; StorageFailed; Interrupted.
     """
     data = load_data(spec.data_config())
     check_batches(spec, data)
@@ -79,15 +86,18 @@ def run_study(
     with interrupts_caught() as interrupts, contextlib.ExitStack() as stack:
         with ray_runtime(address, data_bytes=data.nbytes) as runtime:
             concurrency = _concurrency(spec, runtime)
-            stack.enter_context(_held(lease))  # from here on files are written
+            check_space(spec, data, concurrency)
+            stack.enter_context(_held(lease, say))  # from here on files are written
             if stored is None or spec != stored.spec:
-                write_study_file(path, spec, _provenance(spec, data, stored))
+                with _failing_clearly(path):
+                    write_study_file(path, spec, _provenance(spec, data, stored))
             _search(spec, data, path, concurrency, lease, interrupts, events, say)
         from search.publish import publish_best  # torch: only now, so that trials start sooner
 
         study = Study(path)
-        publish_best(study, data)
-        CheckpointStore(path / CHECKPOINTS_FOLDER).clear()
+        with _failing_clearly(path):
+            publish_best(study, data)
+            CheckpointStore(path / CHECKPOINTS_FOLDER).clear()
     return study
 
 
@@ -108,7 +118,7 @@ def _concurrency(spec: StudySpec, runtime: Runtime) -> int:
 def _search(
     spec: StudySpec,
     data: Dataset,
-    path: Path,
+    path: Location,
     concurrency: int,
     lease: Lease,
     interrupts: Interrupts,
@@ -118,32 +128,34 @@ def _search(
     """Run what is missing of a study through Tune."""
     from search.sampler import StudySearcher
 
-    study = Study(path)
-    rows = study.rows()
-    curves = _curves(study)
-    ledger = Ledger(path)
-    store = CheckpointStore(path / CHECKPOINTS_FOLDER)
-    best = _best_models_keeper(store, spec.export.top, rows)
-    searcher = StudySearcher(spec, ledger, rows, curves, [best, *events])
-    missing = spec.budget.trials - sum(row.state != "RUNNING" for row in rows)
-    if missing <= 0:
+    contents = take_stock(path)
+    for part in contents.set_aside:
+        say(f"{part}: a damaged part of the tables, set aside; trials whose rows it held are made again")
+    rows = contents.trials
+    ledger = Ledger(path, contents)
+    ended = sum(row.state != "RUNNING" for row in rows)
+    if ended >= spec.budget.trials:
+        ledger.flush()
         return
-    concurrency = min(concurrency, missing)
+    best = BestStates(spec.export.top, rows, CheckpointStore(path / CHECKPOINTS_FOLDER))
+    searcher = StudySearcher(spec, ledger, rows, _curves(contents.epochs), [best, *events])
+    asha = _rebuilt_asha(spec, contents.epochs)
+    concurrency = min(concurrency, spec.budget.trials - ended)
     for line in _opening_lines(spec, data, rows, concurrency):
         say(line)
     for listener in events:
         listener.search_started(spec, rows)
-
-    def on_step() -> None:
-        ledger.tick()
-        lease.heartbeat()
-        interrupts.raise_if_pending()
-
-    try:
-        with interrupts.deferred():
-            _fit(spec, data, store, searcher, _rebuilt_asha(spec, study), concurrency, on_step)
-    finally:
-        ledger.flush()
+    del contents, rows  # a long study's are large
+    patience = Patience(path, spec.storage.patience_s, say)
+    with _store_server(path) as server:
+        best.server = server
+        rounds = _Rounds(spec, ledger, lease, server, searcher, patience, interrupts)
+        try:
+            with interrupts.deferred():
+                _fit(spec, data, server, searcher, asha, concurrency, rounds)
+                rounds.finish()
+        finally:
+            ledger.flush(LAST_FLUSH_S)
     if searcher.gave_up:
         first = searcher.failures[0]
         raise StudyFailed(
@@ -152,20 +164,91 @@ def _search(
         )
 
 
+class _Rounds:
+    """What the driver does between two events of Tune: write, look after the workers, listen for signals."""
+
+    def __init__(
+        self,
+        spec: StudySpec,
+        ledger: Ledger,
+        lease: Lease,
+        server: Any,
+        searcher: "StudySearcher",
+        patience: Patience,
+        interrupts: Interrupts,
+    ) -> None:
+        import ray
+
+        self.watchdog = Watchdog(spec.budget.stall_timeout_s, ray.kill)
+        self._ledger, self._lease, self._server, self._searcher = ledger, lease, server, searcher
+        self._patience, self._interrupts = patience, interrupts
+        self._report = StoreReport(None, {})
+        self._asked: Any = None  # the reference of the next report
+        self._asked_at = -math.inf
+
+    def __call__(self) -> None:
+        self._interrupts.raise_if_pending()
+        if self._lease.is_due:
+            self._ledger.writer.put([self._lease.heartbeat()])
+        self._ledger.tick()
+        if self._hear_of_the_store():
+            self.watchdog.look(self._report.silent_s, self._searcher.stalled)
+        self._patience.look([self._ledger.error, self._report.error])
+
+    def finish(self) -> None:
+        """Until the tables and all states are on disk."""
+        self._asked, self._asked_at = None, -math.inf  # a report from now on
+        while True:
+            self._interrupts.raise_if_pending()
+            is_heard = self._hear_of_the_store(wait_s=0.1)
+            is_written = self._ledger.flush(timeout_s=0.1)
+            if is_heard and is_written and self._report.error is None:
+                return
+            self._patience.look([self._ledger.error, self._report.error])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its callbacks and what they refer to, and we never read that back
+
+    def _hear_of_the_store(self, wait_s: float = 0.0) -> bool:
+        """True when there is a new report. The store may be slow: the search never waits for it."""
+        import ray
+
+        if self._asked is None and time.monotonic() - self._asked_at >= REPORT_EVERY_S:
+            self._asked, self._asked_at = self._server.report.remote(), time.monotonic()
+        if self._asked is None or not ray.wait([self._asked], timeout=wait_s)[0]:
+            return False
+        self._report, self._asked = ray.get(self._asked), None
+        return True
+
+
+@contextlib.contextmanager
+def _store_server(path: Location) -> Iterator[Any]:
+    """The checkpoint store as an actor on this machine."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"max_concurrency": SERVER_THREADS, "max_restarts": -1, "max_task_retries": -1}
+    remote_store = ray.remote(StoreServer).options(num_cpus=0, scheduling_strategy=here, **options)
+    server: Any = remote_store.remote(path / CHECKPOINTS_FOLDER)
+    try:
+        yield server
+    finally:
+        ray.kill(server)
+
+
 def _fit(
     spec: StudySpec,
     data: Dataset,
-    store: CheckpointStore,
+    server: Any,
     searcher: "StudySearcher",
     asha: Asha | None,
     concurrency: int,
-    on_step: Callable[[], None],
+    rounds: _Rounds,
 ) -> None:
     """The one place that knows Ray Tune's controller."""
-    import ray
     from ray import tune
     from ray.tune.schedulers import FIFOScheduler, TrialScheduler
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from search.trial import VaeTrial
 
@@ -175,24 +258,34 @@ def _fit(
                 return TrialScheduler.CONTINUE
             return TrialScheduler.STOP
 
+        def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+            rounds.watchdog.ended(trial.trial_id)
+            searcher.worker_lost(trial.trial_id, trial.get_error())
+
         def __getstate__(self) -> dict[str, Any]:
             return {}
 
     class StepCallback(tune.Callback):
         def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-            on_step()
+            rounds()
+
+        def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            rounds.watchdog.started(trial.trial_id, trial.config["trial"], trial.temporary_state.ray_actor)
 
         def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            searcher.worker_lost(trial.trial_id, _one_line(trial.get_error()))
+            searcher.started_again(trial.trial_id)
+
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            rounds.watchdog.ended(trial.trial_id)
+            # Tune (2.60) keeps every trial for ever, most of it moving averages of every metric that nobody reads
+            trial.run_metadata.metric_analysis.clear()
+            trial.run_metadata.metric_n_steps.clear()
 
         def __getstate__(self) -> dict[str, Any]:
             return {}
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    remote_store = ray.remote(CheckpointStore).options(num_cpus=0, scheduling_strategy=here)
-    store_actor: Any = remote_store.remote(store.folder)
     resources = {"cpu": spec.resources.cpus_per_trial, "gpu": spec.resources.gpus_per_trial}
-    trainable = tune.with_parameters(VaeTrial, spec=spec, data=data, store=store_actor)
+    trainable = tune.with_parameters(VaeTrial, spec=spec, data=data, store=server)
     with environment(TUNE_ENVIRONMENT), tempfile.TemporaryDirectory(prefix="vaesearch-") as scratch:
         tuner = tune.Tuner(
             tune.with_resources(trainable, resources),
@@ -214,45 +307,41 @@ def _fit(
                 verbose=0,
             ),
         )
-        try:
-            tuner.fit()
-        finally:
-            ray.kill(store_actor)
+        tuner.fit()
 
 
-def _best_models_keeper(store: CheckpointStore, top: int, rows: list[TrialRow]) -> StudyEvents:
-    """Keeps the stored state of the best trials and of the unfinished ones, and drops the rest."""
-    kept = ranked(rows)[:top]
-    needed = {row.trial for row in kept} | {row.trial for row in rows if row.state == "RUNNING"}
-    for trial in store.trials():
-        if trial not in needed:
-            store.drop(trial)
+class BestStates(StudyEvents):
+    """Keeps the stored states of the best trials and of those under way, and drops the rest."""
 
-    class BestModels(StudyEvents):
-        def trial_ended(self, row: TrialRow) -> None:
-            nonlocal kept
-            candidates = {r.trial for r in kept} | {row.trial}
-            kept = ranked([*kept, row])[:top]
-            for trial in candidates - {r.trial for r in kept}:
+    def __init__(self, top: int, rows: list[TrialRow], store: CheckpointStore) -> None:
+        self.server: Any = None
+        self._top = top
+        self._kept = ranked(rows)[:top]
+        needed = {row.trial for row in self._kept} | {row.trial for row in rows if row.state == "RUNNING"}
+        for trial in store.trials():
+            if trial not in needed:
                 store.drop(trial)
 
-    return BestModels()
+    def trial_ended(self, row: TrialRow) -> None:
+        candidates = {kept.trial for kept in self._kept} | {row.trial}
+        self._kept = ranked([*self._kept, row])[: self._top]
+        for trial in candidates - {kept.trial for kept in self._kept}:
+            self.server.drop.remote(trial)  # not waited for
 
 
-def _curves(study: Study) -> Mapping[int, "Curve"]:
+def _curves(epochs: pa.Table) -> Mapping[int, "Curve"]:
     """trial -> epoch -> validation value."""
     curves: dict[int, dict[int, float]] = {}
-    for trial, epoch, value in _columns(study.epochs(), "trial", "epoch", "val_nelbo"):
+    for trial, epoch, value in _columns(epochs, "trial", "epoch", "val_nelbo"):
         curves.setdefault(trial, {})[epoch] = value
     return curves
 
 
-def _rebuilt_asha(spec: StudySpec, study: Study) -> Asha | None:
+def _rebuilt_asha(spec: StudySpec, epochs: pa.Table) -> Asha | None:
     """The scheduler as it stood: the values that the ledger has at the rungs, in the order in which they came."""
     if spec.scheduler.kind == "none":
         return None
     asha = Asha(spec.rungs(), spec.scheduler.reduction_factor)
-    epochs = study.epochs()
     at_rungs = epochs.filter(pc.is_in(epochs["epoch"], pa.array(spec.rungs(), pa.int32()))).sort_by("reported_at")
     for trial, epoch, value in _columns(at_rungs, "trial", "epoch", "val_nelbo"):
         asha.may_go_on(trial, epoch, value)
@@ -261,11 +350,6 @@ def _rebuilt_asha(spec: StudySpec, study: Study) -> Asha | None:
 
 def _columns(table: pa.Table, *names: str) -> Iterator[tuple[Any, ...]]:
     return zip(*(table[name].to_pylist() for name in names), strict=True)
-
-
-def _one_line(error: BaseException | None) -> str:
-    lines = [line.strip() for line in str(error or "its worker was lost").splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _provenance(spec: StudySpec, data: Dataset, stored: Study | None) -> dict[str, Any]:
@@ -298,10 +382,26 @@ def _opening_lines(spec: StudySpec, data: Dataset, rows: list[TrialRow], concurr
 
 
 @contextlib.contextmanager
-def _held(lease: Lease) -> Iterator[None]:
-    lease.path.parent.mkdir(parents=True, exist_ok=True)
-    lease.acquire()
+def _held(lease: Lease, say: Callable[[str], None]) -> Iterator[None]:
+    with _failing_clearly(lease.path.parent):
+        lease.path.parent.mkdir(parents=True, exist_ok=True)
+        former = lease.acquire()
+    if former is not None:
+        say(f"{lease.path.parent}: taken over from {former}, which is gone")
     try:
         yield
     finally:
-        lease.release()
+        release = threading.Thread(target=lease.release, daemon=True)  # which a dead storage must not hold up
+        release.start()
+        release.join(LAST_FLUSH_S)
+
+
+@contextlib.contextmanager
+def _failing_clearly(path: Location) -> Iterator[None]:
+    """Errors of the storage tell where they happened and what would do."""
+    try:
+        yield
+    except StorageFailed:
+        raise
+    except OSError as error:
+        raise StorageFailed(path, reason_of(error)) from error

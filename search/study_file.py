@@ -3,11 +3,11 @@
 import difflib
 import tomllib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from search.storage import Location
 from vae.config import InputError
 
 MAX_ERRORS_SHOWN = 3
@@ -29,9 +29,9 @@ FOLLOWING = ("name", "kl_warmup_epochs", "grace_epochs")
 """Keys whose defaults follow others: a study file to start from leaves them commented out."""
 
 
-def read_study_file(path: Path) -> dict[str, Any]:
+def read_study_file(path: Location) -> dict[str, Any]:
     """The keys of a TOML or YAML file. `[provenance]`, which a stored study.toml carries, is left out."""
-    is_yaml = path.suffix.lower() in {".yaml", ".yml"}
+    is_yaml = path.name.lower().endswith((".yaml", ".yml"))
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

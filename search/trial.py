@@ -2,6 +2,7 @@
 
 import io
 import math
+import threading
 import time
 import traceback
 from dataclasses import asdict
@@ -11,12 +12,16 @@ import ray
 import torch
 from ray import tune
 
+from search.checkpoints import Stored
 from search.spec import StudySpec
 from vae.data import Dataset
 from vae.training import Diverged, Trainer
 
 STEP_S = 1.0
 """A step ends at the next rung or after about this long, whichever is first: nothing is decided in between."""
+
+BEATS_A_TIMEOUT = 10
+"""While training moves on, the store hears of it this often in the time after which a trial counts as stalled."""
 
 TRACEBACK_LINES = 6
 
@@ -31,15 +36,21 @@ class VaeTrial(tune.Trainable):
         self._rungs = set(spec.rungs())
         torch.set_num_threads(spec.resources.cpus_per_trial)
         self.reset_config(config)
+        self._over = threading.Event()
+        threading.Thread(target=self._beat_while_it_moves, name="vaesearch-beat", daemon=True).start()
+
+    def cleanup(self) -> None:
+        self._over.set()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Begin another trial in this process. All that a trial changes is in its Trainer, which is new."""
         self._number: int = new_config["trial"]
-        self._attempt: int = new_config["attempts_before"] + 1
         self._config = new_config
         self._trainer: Trainer | None = None
         self._history: list[dict[str, Any]] = []  # every epoch of the trial, those of earlier attempts too
         self._reported = 0  # of them
+        self._from_epoch: int | None = None  # where this attempt began
+        self._damaged = ""  # what was wrong with newer states
         return True
 
     def step(self) -> dict[str, Any]:
@@ -59,23 +70,31 @@ class VaeTrial(tune.Trainable):
         return self._result(status, reason)
 
     def _begin(self) -> None:
-        """Build the model, or go on from its last stored rung."""
-        attempts, stored = ray.get(self._store.begin.remote(self._number))
-        self._attempt = self._config["attempts_before"] + attempts
+        """Build the model, or go on from its newest stored state that can be read."""
         device = "cuda" if self._spec.resources.gpus_per_trial and torch.cuda.is_available() else "cpu"
         params = self._config["params"]
-        trainer = Trainer(
-            self._spec.model_config_for(params, self._data.input_dim),
-            self._spec.train_config_for(params),
-            self._data,
-            seed=self._config["seed"],
-            device=device,
-        )
-        if stored is not None:
-            state = torch.load(io.BytesIO(stored), weights_only=True, map_location="cpu")
-            trainer.load_state_dict(state["trainer"])
-            self._history = state["history"]
-        self._trainer = trainer
+        damaged: list[str] = []
+        while True:
+            trainer = Trainer(
+                self._spec.model_config_for(params, self._data.input_dim),
+                self._spec.train_config_for(params),
+                self._data,
+                seed=self._config["seed"],
+                device=device,
+            )
+            stored: Stored = ray.get(self._store.newest.remote(self._number))
+            damaged += [stored.damaged] if stored.damaged else []
+            if stored.state is None:
+                break
+            try:
+                state = torch.load(io.BytesIO(stored.state), weights_only=True, map_location="cpu")
+                trainer.load_state_dict(state["trainer"])
+                self._history = state["history"]
+                break
+            except Exception as error:  # torch raises unrelated types for what it cannot read
+                damaged.append(f"the state of epoch {stored.epoch} could not be loaded: {error}")
+                ray.get(self._store.remove.remote(self._number, stored.epoch))
+        self._trainer, self._from_epoch, self._damaged = trainer, trainer.epoch, "; ".join(damaged)
 
     def _train(self) -> None:
         """Train to the next rung, or for about a second."""
@@ -95,7 +114,17 @@ class VaeTrial(tune.Trainable):
         buffer = io.BytesIO()
         torch.save({"trainer": self._trainer.state_dict(), "history": self._history}, buffer)
         # waited for: the driver, once it hears of this epoch, may want the state or drop it
-        ray.get(self._store.put.remote(self._number, buffer.getvalue()))
+        ray.get(self._store.put.remote(self._number, self._trainer.epoch, buffer.getvalue()))
+
+    def _beat_while_it_moves(self) -> None:
+        """Tell the store now and then, as long as there is something new to tell: an epoch may take hours."""
+        told: tuple[int, int] | None = None
+        while not self._over.wait(self._spec.budget.stall_timeout_s / BEATS_A_TIMEOUT):
+            trainer = self._trainer
+            now = None if trainer is None else (self._number, trainer.steps)
+            if now is not None and now != told:
+                self._store.beat.remote(now[0])
+                told = now
 
     def _collapse(self) -> str | None:
         """Why the finished model is of no use, or None: its latents carry nothing."""
@@ -122,7 +151,8 @@ class VaeTrial(tune.Trainable):
             "final": final,
             "status": status,
             "reason": reason,
-            "attempt": self._attempt,
+            "from_epoch": self._from_epoch,
+            "damaged": self._damaged or None,
             "num_parameters": trainer.model.num_parameters if trainer else None,
             "no_latent_nelbo": trainer.no_latent_nelbo if trainer else None,
             "device": str(trainer.device) if trainer else None,

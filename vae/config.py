@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, get_args
 
 ActivationName = Literal[
@@ -70,6 +71,15 @@ class ModelConfig:
             0 <= self.activation_dropout < 1, f"activation_dropout must lie in [0, 1), got {self.activation_dropout}"
         )
         _require(0 <= self.dropout < 1, f"dropout must lie in [0, 1), got {self.dropout}")
+
+    @property
+    def num_weights(self) -> int:
+        """Weights and biases of the model, known without building it; learned slopes come on top."""
+        encoder = (self.input_dim, *self.hidden_dims)
+        decoder = (self.latent_dim, *reversed(self.hidden_dims))
+        layers = [*pairwise(encoder), *pairwise(decoder)]
+        layers += [(encoder[-1], 2 * self.latent_dim), (decoder[-1], self.input_dim)]
+        return sum((fan_in + 1) * fan_out for fan_in, fan_out in layers)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -76,7 +76,7 @@ class Trainer:
         self.config = train_config
         self.device = torch.device(device)
         self.epoch = 0  # epochs done
-        self._step = 0  # steps done
+        self.steps = 0  # done; may be read from another thread, to see whether it moves
         self._train = _as_tensor(data.train, self.device)
         self._steps_per_epoch = math.ceil(len(data.train) / train_config.batch_size)
         self._validation = _as_tensor(data.validation, self.device)
@@ -111,7 +111,7 @@ class Trainer:
         trained = time.perf_counter()
         validation = self.evaluate()
         if not math.isfinite(validation.nelbo):
-            raise Diverged(self.epoch + 1, self._step, f"validation loss is {validation.nelbo}")
+            raise Diverged(self.epoch + 1, self.steps, f"validation loss is {validation.nelbo}")
         self.epoch += 1
         return EpochMetrics(
             epoch=self.epoch,
@@ -140,7 +140,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "rng": self._rng,
             "epoch": self.epoch,
-            "step": self._step,
+            "step": self.steps,
         }
         return copy.deepcopy(state)
 
@@ -149,7 +149,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self._rng = {kind: value.cpu() for kind, value in state["rng"].items()}
-        self.epoch, self._step = state["epoch"], state["step"]
+        self.epoch, self.steps = state["epoch"], state["step"]
 
     def _train_step(self, x: Tensor) -> tuple[float, float, float]:
         """x (B, X) -> means of recon and kl, and the norm of the gradient before clipping."""
@@ -167,18 +167,18 @@ class Trainer:
         loss_value, recon_value, kl_value, norm = values
         for name, value in (("loss", loss_value), ("gradient norm", norm)):
             if not math.isfinite(value):
-                raise Diverged(self.epoch + 1, self._step + 1, f"{name} is {value}")
+                raise Diverged(self.epoch + 1, self.steps + 1, f"{name} is {value}")
         if norm > self.config.clip_grad_norm:
             nn.utils.clip_grads_with_norm_(self._parameters, self.config.clip_grad_norm, total)
-        factor = lr_factor(self._step, self.config.max_epochs * self._steps_per_epoch, self.config.lr_schedule)
+        factor = lr_factor(self.steps, self.config.max_epochs * self._steps_per_epoch, self.config.lr_schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = factor * self.config.learning_rate
         self.optimizer.step()
-        self._step += 1
+        self.steps += 1
         return recon_value, kl_value, norm
 
     def _kl_weight(self) -> float:
-        return kl_weight(self._step, self.config.kl_warmup_epochs * self._steps_per_epoch, self.config.beta)
+        return kl_weight(self.steps, self.config.kl_warmup_epochs * self._steps_per_epoch, self.config.beta)
 
     @contextmanager
     def _own_rng(self, seed: int | None = None) -> Iterator[None]:
