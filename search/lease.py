@@ -35,9 +35,11 @@ class Lease:
         On this host the process tells whether it lives, however long it was stopped; elsewhere its heartbeat.
         """
         holder = self._holder()
-        if holder is None or holder == self._me:
+        if holder is None:
             return None
         here = holder.host == self._me.host and holder.boot in (None, self._me.boot)
+        if here and holder.pid == self._me.pid:
+            return None
         age_s = time.time() - holder.heartbeat
         who = f"process {holder.pid} on {holder.host}, last heard {age_s:.0f} s ago"
         if _is_alive(holder) if here else age_s < STALE_AFTER_S:

@@ -187,9 +187,11 @@ def check_writable(storage: Location) -> None:
     """Raises InputError if the storage could not be made or written. Leaves nothing there."""
     try:
         if isinstance(storage, RemotePath):
-            probe = storage / f".probe-{os.getpid()}"
+            was_there, probe = storage.exists(), storage / f".probe-{os.getpid()}"
             probe.write_bytes(b"")
             probe.unlink(missing_ok=True)
+            if not was_there:
+                storage.remove_tree()  # the empty object that stands for the folder
             return
         folder = storage.absolute()
         while not folder.exists():

@@ -1,6 +1,12 @@
 """Shared by all tests: one torch thread, and one Ray for those that need it."""
 
+import os
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,3 +57,46 @@ def small_spec(tmp_path_factory: pytest.TempPathFactory) -> StudySpec:
 def small_study(ray_here: Runtime, small_spec: StudySpec) -> Study:
     """`small_spec`, run to its end. To be read only: work on a copy of its folder."""
     return run_study(small_spec)
+
+
+@pytest.fixture(scope="session")
+def s3_url() -> Iterator[str]:
+    """An empty bucket of an S3 server on loopback, with its credentials in the environment."""
+    server = Path(sys.executable).with_name("moto_server")
+    if not server.exists():
+        pytest.skip("moto_server is not installed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    credentials = {
+        "AWS_ACCESS_KEY_ID": "not-a-key",
+        "AWS_SECRET_ACCESS_KEY": "not-a-secret",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    before = {name: os.environ.get(name) for name in credentials}
+    os.environ.update(credentials)
+    process = subprocess.Popen(
+        [server, "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 30
+        while True:
+            with socket.socket() as connection:
+                if connection.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert time.monotonic() < deadline, "the S3 server does not start"
+            time.sleep(0.05)
+        from pyarrow import fs
+
+        query = f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
+        filesystem, _ = fs.FileSystem.from_uri(f"s3://bucket?{query}&allow_bucket_creation=true")
+        filesystem.create_dir("bucket")
+        yield f"s3://bucket/studies?{query}"
+    finally:
+        process.kill()
+        process.wait()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

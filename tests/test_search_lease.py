@@ -15,6 +15,7 @@ import pytest
 
 from search import lease as lease_module
 from search.lease import STALE_AFTER_S, Lease, LeaseHeld
+from search.writer import BackgroundWriter
 from vae.config import InputError
 
 HOLD = """
@@ -167,10 +168,12 @@ def test_a_heartbeat_renews_now_and_then_and_keeps_the_file_whole(tmp_path, monk
     lease = Lease(tmp_path)
     lease.acquire()
     write_lease(tmp_path, heartbeat=1.0)
-    lease.heartbeat()
-    assert json.loads(lease.path.read_text())["heartbeat"] == 1.0  # too soon to write again
+    assert not lease.is_due
     now[0] += lease_module.HEARTBEAT_EVERY_S
-    lease.heartbeat()
+    assert lease.is_due
+    writer = BackgroundWriter()
+    writer.wait(writer.put([lease.heartbeat()]))
+    assert not lease.is_due
     assert json.loads(lease.path.read_text())["heartbeat"] == pytest.approx(time.time(), abs=30)
     assert [path.name for path in tmp_path.iterdir()] == ["lease.json"]
 
@@ -234,13 +237,16 @@ def test_a_later_process_with_the_number_of_the_holder_does_not_hold(tmp_path):
         assert holder_of(tmp_path) == os.getpid()
 
 
-def test_a_driver_whose_study_was_taken_hears_of_it_and_leaves_the_lease_alone(tmp_path, monkeypatch):
+def test_a_driver_whose_study_was_taken_hears_of_it_and_leaves_the_lease_alone(tmp_path):
     mine = Lease(tmp_path)
     mine.acquire()
     mine.path.unlink()
     with held_elsewhere(tmp_path) as holder:
-        monkeypatch.setattr(mine, "_last_beat", -1e9)
+        writer = BackgroundWriter()
+        writer.put([mine.heartbeat()])
         with pytest.raises(LeaseHeld):
-            mine.heartbeat()
+            writer.wait()
+        with pytest.raises(LeaseHeld):  # nothing more is written by a driver that has lost its study
+            writer.put([])
         mine.release()
         assert holder_of(tmp_path) == holder.pid

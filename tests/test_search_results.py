@@ -150,6 +150,7 @@ def test_exported_models_stand_in_the_order_of_their_rank(tmp_path):
     assert study.model_folders() == []
     for name in ("10-trial-3", "2-trial-11", "1-trial-7"):
         (study.path / "models" / name).mkdir(parents=True)
+        (study.path / "models" / name / "config.json").touch()
     assert [folder.name for folder in study.model_folders()] == ["1-trial-7", "2-trial-11", "10-trial-3"]
 
 

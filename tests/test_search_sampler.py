@@ -102,7 +102,8 @@ def result(
         "final": final,
         "status": status,
         "reason": reason,
-        "attempt": 1,
+        "from_epoch": 0,
+        "damaged": None,
         "num_parameters": 100,
         "no_latent_nelbo": NO_LATENT,
         "device": "cpu",
@@ -219,7 +220,7 @@ def test_an_error_is_a_failure_with_its_reason_in_the_ledger(desk):
 def test_a_worker_lost_for_good_is_a_failure_that_says_what_took_it(desk):
     trial_id, _ = desk.ask()
     desk.searcher.on_trial_result(trial_id, result(curve(1, 2)))
-    desk.searcher.worker_lost(trial_id, "The actor died unexpectedly")
+    desk.searcher.worker_lost(trial_id, RuntimeError("The actor died unexpectedly\nand more"))
     desk.end(trial_id, None, error=True)
     row = desk.row(0)
     assert desk.told(0).state == TrialState.FAIL
@@ -249,9 +250,10 @@ def test_an_end_is_heard_once(desk):
 def test_epochs_that_a_retried_trial_reports_again_are_neither_doubled_nor_told_twice(desk):
     trial_id, _ = desk.ask()
     desk.searcher.on_trial_result(trial_id, result(curve(1, 3)))
-    desk.searcher.worker_lost(trial_id, "killed")
-    desk.searcher.on_trial_result(trial_id, result(curve(1, 4), attempt=2))  # Optuna would warn of a second report
-    desk.end(trial_id, result(curve(5, 6), final=True, attempt=2))
+    desk.searcher.worker_lost(trial_id, RuntimeError("killed"))
+    desk.searcher.started_again(trial_id)
+    desk.searcher.on_trial_result(trial_id, result(curve(1, 4)))  # Optuna would warn of a second report
+    desk.end(trial_id, result(curve(5, 6), final=True))
     epochs = read_table(desk.path, "epochs")
     assert epochs["epoch"].to_pylist() == [1, 2, 3, 4, 5, 6]
     assert epochs["attempt"].to_pylist() == [1, 1, 1, 2, 2, 2]
@@ -366,11 +368,11 @@ def test_unfinished_trials_are_suggested_again_first_with_number_parameters_and_
     again = desk.reborn(tmp_path / "again")
     for number in (0, 2, 3):
         _, config = again.ask()
-        assert config == {**asked[number][1], "attempts_before": 1}
+        assert config == asked[number][1]
         assert again.row(number).attempts == 2
     assert again.ask()[1]["trial"] == 4
     third = again.reborn(tmp_path / "third")
-    assert third.ask()[1] == {**asked[0][1], "attempts_before": 2}
+    assert third.ask()[1] == asked[0][1]
     assert third.row(0).attempts == 3
 
 
@@ -380,9 +382,9 @@ def test_a_trial_that_goes_on_after_a_crash_ends_as_if_nothing_had_happened(tmp_
     desk.searcher.on_trial_result(trial_id, result(curve(1, 3)))
     again = desk.reborn(tmp_path / "again")
     desk.end(trial_id, result(curve(4, 6), final=True))
-    trial_id, config = again.ask()
-    again.searcher.on_trial_result(trial_id, result(curve(1, 5), attempt=config["attempts_before"] + 1))
-    again.end(trial_id, result(curve(6, 6), final=True, attempt=2))
+    trial_id, _ = again.ask()
+    again.searcher.on_trial_result(trial_id, result(curve(1, 5)))
+    again.end(trial_id, result(curve(6, 6), final=True))
     assert essence(again.told(0)) == essence(desk.told(0))
     assert read_table(again.path, "epochs")["epoch"].to_pylist() == [1, 2, 3, 4, 5, 6]
 

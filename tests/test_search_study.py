@@ -217,9 +217,18 @@ def test_epochs_have_no_gap_and_trials_stop_at_rungs_alone(small_study):
 def test_a_finished_study_leaves_its_results_and_nothing_else(small_study, small_spec):
     files = set(fingerprints(small_study.path))
     models = {file for file in files if file.startswith("models/")}
-    assert files - models == {"study.toml", "trials/part-00000.parquet", "epochs/part-00000.parquet"}
+    assert files - models == {
+        "study.toml",
+        *(f"{table}/part-00000.parquet" for table in ("trials", "epochs", "attempts")),
+    }
     assert len(small_study.model_folders()) == small_spec.export.top
-    assert sorted(path.name for path in small_study.path.iterdir()) == ["epochs", "models", "study.toml", "trials"]
+    assert sorted(path.name for path in small_study.path.iterdir()) == [
+        "attempts",
+        "epochs",
+        "models",
+        "study.toml",
+        "trials",
+    ]
     assert [path.name for path in small_study.path.parent.iterdir()] == [small_study.name]
 
 

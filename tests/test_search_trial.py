@@ -3,6 +3,8 @@
 import io
 import itertools
 import math
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from ray import tune
 
 import search.trial
 from cluster.runtime import Runtime
-from search.checkpoints import CheckpointStore
+from search.checkpoints import CheckpointStore, StoreServer
 from search.spec import StudySpec
 from search.trial import VaeTrial
 from vae.config import DataConfig
@@ -56,7 +58,7 @@ def store_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def store(ray_here: Runtime, store_folder: Path) -> Iterator[Any]:
     """One for all tests here: each takes trial numbers of its own."""
-    store = ray.remote(CheckpointStore).options(num_cpus=0).remote(store_folder)
+    store = ray.remote(StoreServer).options(num_cpus=0).remote(store_folder)
     yield store
     ray.kill(store)
 
@@ -78,10 +80,10 @@ def make(digits: Dataset, store: Any, tmp_path: Path, monkeypatch: pytest.Monkey
 _numbers = itertools.count()
 
 
-def trial_config(params: dict[str, Any] = GENTLE, *, seed: int = 7, attempts_before: int = 0) -> dict[str, Any]:
+def trial_config(params: dict[str, Any] = GENTLE, *, seed: int = 7) -> dict[str, Any]:
     """A suggestion with a number that the store has not seen."""
     params = {"batch_size": 64, **params}
-    return {"trial": next(_numbers), "attempts_before": attempts_before, "seed": seed, "params": params}
+    return {"trial": next(_numbers), "seed": seed, "params": params}
 
 
 def steps(trial: VaeTrial) -> Iterator[dict[str, Any]]:
@@ -107,7 +109,7 @@ def test_a_step_ends_at_each_rung_and_the_last_one_is_final(make):
     assert [(result["final"], result["done"]) for result in results] == [(False, False)] * 3 + [(True, True)]
     assert {result["status"] for result in results} == {"ok"}
     assert all(result["objective"] == result["epochs"][-1]["val_nelbo"] for result in results)
-    assert {result["attempt"] for result in results} == {1}
+    assert {(result["from_epoch"], result["damaged"]) for result in results} == {(0, None)}
     assert results[-1]["num_parameters"] > 0
     assert results[-1]["train_wall_s"] == pytest.approx(sum(e["wall_s"] for r in results for e in r["epochs"]))
 
@@ -128,7 +130,7 @@ def test_a_trial_in_a_used_worker_is_to_the_bit_the_one_in_a_fresh_worker(make):
     assert used.reset_config(trial_config(wide, seed=8))
     again = list(steps(used))
     assert epochs(*again) == epochs(*fresh)
-    for name in ("epoch", "objective", "num_parameters", "no_latent_nelbo", "attempt", "status"):
+    for name in ("epoch", "objective", "num_parameters", "no_latent_nelbo", "from_epoch", "status"):
         assert [r[name] for r in again] == [r[name] for r in fresh]
 
 
@@ -160,7 +162,7 @@ def test_a_trial_goes_on_from_its_last_stored_rung_to_the_same_end(make, monkeyp
         first_stop = min([r for r in rungs if r > stored], default=MAX_EPOCHS)
         assert [e["epoch"] for e in resumed[0]["epochs"]] == list(range(1, first_stop + 1))  # earlier ones once more
         assert epochs(*resumed) == expected
-        assert {result["attempt"] for result in resumed} == {2}
+        assert {result["from_epoch"] for result in resumed} == {stored}
         assert resumed[-1]["final"]
 
 
@@ -183,15 +185,72 @@ def test_a_trial_lost_after_its_end_reports_its_end_again(make):
     assert epochs(*again) == epochs(*first)
 
 
-def test_attempts_count_on_from_those_of_earlier_drivers(make):
-    config = trial_config(attempts_before=3)
-    assert [make(config).step()["attempt"] for _ in range(2)] == [4, 5]
+def test_a_trial_whose_newest_state_is_damaged_goes_on_from_the_one_before_to_the_same_end(make, store_folder):
+    expected = epochs(*steps(make(trial_config())))
+    for damage, told in ((b"", "checksum"), (None, "could not be loaded")):
+        config = trial_config()
+        worker = make(config)
+        worker.step()
+        worker.step()
+        newest = store_folder / f"trial-{config['trial']:05d}.epoch-00003.pt"
+        if damage is None:  # whole, and yet nothing that torch can read
+            CheckpointStore(store_folder).put(config["trial"], 3, b"from another world")
+        else:
+            newest.write_bytes(damage)
+        resumed = list(steps(make(config)))
+        assert {result["from_epoch"] for result in resumed} == {2}
+        assert told in resumed[0]["damaged"]
+        assert "epoch 3" in resumed[0]["damaged"]
+        assert epochs(*resumed) == expected
+
+
+def test_a_trial_without_any_sound_state_begins_anew(make, store_folder):
+    expected = epochs(*steps(make(trial_config())))
+    config = trial_config()
+    worker = make(config)
+    worker.step()
+    worker.step()
+    for path in store_folder.glob(f"trial-{config['trial']:05d}.*"):
+        path.write_bytes(path.read_bytes()[:50])
+    resumed = list(steps(make(config)))
+    assert {result["from_epoch"] for result in resumed} == {0}
+    assert "epoch 2" in resumed[0]["damaged"]
+    assert epochs(*resumed) == expected
+
+
+def test_a_worker_is_heard_while_it_trains_and_not_while_it_hangs(make, store, monkeypatch):
+    spec = make_spec(budget={"max_epochs": MAX_EPOCHS, "stall_timeout_s": 0.5})
+    config = trial_config()
+    worker = make(config, spec=spec)
+    worker.step()
+    time.sleep(0.3)
+    before = ray.get(store.report.remote()).silent_s[config["trial"]]
+    assert before > 0.2  # nothing moved since
+    straight = worker._trainer._train_step
+
+    def slow(x: torch.Tensor) -> tuple[float, float, float]:
+        time.sleep(0.02)  # an epoch of half a second
+        return straight(x)
+
+    monkeypatch.setattr(worker._trainer, "_train_step", slow)
+    trained = threading.Thread(target=worker._trainer.train_epoch)
+    trained.start()
+    heard = []
+    while trained.is_alive():
+        time.sleep(0.05)
+        heard.append(ray.get(store.report.remote()).silent_s[config["trial"]])
+    trained.join()
+    worker.cleanup()
+    assert min(heard) < 0.15
+    assert heard[-1] < 0.4
 
 
 def test_the_final_model_is_in_the_store_before_its_result_is_told(make, store_folder):
     config = trial_config()
     last = list(steps(make(config)))[-1]
-    state = torch.load(io.BytesIO(CheckpointStore(store_folder).read(config["trial"])), weights_only=True)
+    stored = CheckpointStore(store_folder).newest(config["trial"])
+    assert stored.epoch == MAX_EPOCHS
+    state = torch.load(io.BytesIO(stored.state), weights_only=True)
     assert state["trainer"]["epoch"] == MAX_EPOCHS
     assert state["history"][-1]["val_nelbo"] == last["objective"]
 

@@ -188,7 +188,7 @@ def assert_whole(study: Study, trials: int) -> None:
         ends = [*study.spec.rungs(), row.max_epochs] if row.state == "PRUNED" else [row.max_epochs]
         assert row.epochs in ends
     left = {path.name for path in study.path.iterdir()}
-    assert left <= {"study.toml", "trials", "epochs", "models"}
+    assert left <= {"study.toml", "trials", "epochs", "attempts", "models"}
     assert not list(study.path.rglob("*.tmp"))
     healthy = len(study.summary().leaders)
     assert len(study.model_folders()) == min(study.spec.export.top, healthy)
