@@ -4,7 +4,9 @@ So workers elsewhere need no shared filesystem and no credentials. What the byte
 `search.trial` alone. `CheckpointStore` is the folder; `StoreServer` is what runs as the actor.
 """
 
+import contextlib
 import hashlib
+import os
 import re
 import threading
 import time
@@ -39,7 +41,7 @@ class StoreReport:
 class CheckpointStore:
     """Keeps the last two states of each trial, each whole and checksummed. May be called from several threads."""
 
-    def __init__(self, folder: Location) -> None:
+    def __init__(self, folder: str | Location) -> None:
         self.folder = location(folder)
         self.error: str | None = None
         self._lock = threading.Lock()
@@ -67,8 +69,7 @@ class CheckpointStore:
             self._epochs[trial] = epochs[-KEPT:]
             if not self._unwritten:
                 self.error = None
-        for old in epochs[:-KEPT]:
-            self._path(trial, old).unlink(missing_ok=True)
+        self._unlink(trial, epochs[:-KEPT])
 
     def retry(self) -> None:
         """Write what could not be written before."""
@@ -95,15 +96,14 @@ class CheckpointStore:
             self._epochs[trial] = [known for known in self._epochs.get(trial, []) if known != epoch]
             if self._unwritten.get(trial, (None,))[0] == epoch:
                 del self._unwritten[trial]
-        self._path(trial, epoch).unlink(missing_ok=True)
+        self._unlink(trial, [epoch])
 
     def drop(self, trial: int) -> None:
         """Forget a trial."""
         with self._lock:
             self._unwritten.pop(trial, None)
             epochs = self._epochs.pop(trial, [])
-        for epoch in epochs:
-            self._path(trial, epoch).unlink(missing_ok=True)
+        self._unlink(trial, epochs)
 
     def trials(self) -> list[int]:
         """The trials of which there is a state."""
@@ -119,6 +119,11 @@ class CheckpointStore:
                 path.unlink()
             self.folder.rmdir()
 
+    def _unlink(self, trial: int, epochs: list[int]) -> None:
+        for epoch in epochs:
+            with contextlib.suppress(OSError):  # what stays behind is in nobody's way, and goes with the study's end
+                self._path(trial, epoch).unlink(missing_ok=True)
+
     def _path(self, trial: int, epoch: int) -> Location:
         return self.folder / f"trial-{trial:05d}.epoch-{epoch:05d}.pt"
 
@@ -127,10 +132,11 @@ class CheckpointStore:
 class StoreServer:
     """The store as an actor, for the workers; it hears from them, too, that they are alive."""
 
-    folder: Location
-    store: CheckpointStore = field(init=False)
+    folder: str  # path or URL
+    credentials: dict[str, str] = field(default_factory=dict, repr=False)  # variables that the folder needs
 
     def __post_init__(self) -> None:
+        os.environ.update(self.credentials)
         self.store = CheckpointStore(self.folder)
         self._heard: dict[int, float] = {}
 

@@ -18,6 +18,9 @@ from vae.config import InputError
 if TYPE_CHECKING:
     import pyarrow as pa
 
+CREDENTIALS = ("AWS_", "GOOGLE_", "CLOUDSDK_", "AZURE_", "HADOOP_", "ARROW_", "SSL_CERT_")
+"""Beginnings of the names of variables that pyarrow's filesystems read."""
+
 BUILDING, REPLACED = ".tmp", ".old"
 """Endings of what stands beside a local tree while it is being replaced."""
 
@@ -159,6 +162,13 @@ def location(place: "str | Location") -> Location:
     except (OSError, ValueError) as error:
         raise InputError(f"{text}: cannot be opened: {reason_of(error)}") from None
     return RemotePath(filesystem, path, parts._replace(query="").geturl(), parts.query)
+
+
+def credentials(storage: Location) -> dict[str, str]:
+    """The variables of this process by which remote storage is reached; others may not have inherited them."""
+    if isinstance(storage, Path):
+        return {}
+    return {name: value for name, value in os.environ.items() if name.startswith(CREDENTIALS)}
 
 
 def write_atomically(path: Location, content: "bytes | pa.Buffer") -> None:

@@ -1,6 +1,7 @@
 """`run_study`: wires data, ledger, sampler, early stopping and Ray Tune together. Run and resume are one function."""
 
 import contextlib
+import logging
 import math
 import tempfile
 import threading
@@ -26,7 +27,7 @@ from search.ledger import Ledger, TrialRow, take_stock
 from search.results import CHECKPOINTS_FOLDER, STUDY_FILE, Study, ranked, write_study_file
 from search.space import Space
 from search.spec import StudySpec
-from search.storage import Location, StorageFailed, check_writable, reason_of
+from search.storage import Location, StorageFailed, check_writable, credentials, reason_of
 from search.watchdog import Watchdog
 from search.writer import Patience
 from vae.config import InputError
@@ -230,7 +231,7 @@ def _store_server(path: Location) -> Iterator[Any]:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"max_concurrency": SERVER_THREADS, "max_restarts": -1, "max_task_retries": -1}
     remote_store = ray.remote(StoreServer).options(num_cpus=0, scheduling_strategy=here, **options)
-    server: Any = remote_store.remote(path / CHECKPOINTS_FOLDER)
+    server: Any = remote_store.remote(str(path / CHECKPOINTS_FOLDER), credentials(path))
     try:
         yield server
     finally:
@@ -286,6 +287,7 @@ def _fit(
 
     resources = {"cpu": spec.resources.cpus_per_trial, "gpu": spec.resources.gpus_per_trial}
     trainable = tune.with_parameters(VaeTrial, spec=spec, data=data, store=server)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it tells of failed trials, which the ledger has
     with environment(TUNE_ENVIRONMENT), tempfile.TemporaryDirectory(prefix="vaesearch-") as scratch:
         tuner = tune.Tuner(
             tune.with_resources(trainable, resources),

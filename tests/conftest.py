@@ -60,8 +60,8 @@ def small_study(ray_here: Runtime, small_spec: StudySpec) -> Study:
 
 
 @pytest.fixture(scope="session")
-def s3_url() -> Iterator[str]:
-    """An empty bucket of an S3 server on loopback, with its credentials in the environment."""
+def s3_server() -> Iterator[tuple[str, int]]:
+    """A place on an S3 server on loopback, whose credentials are in the environment, and the server's process."""
     server = Path(sys.executable).with_name("moto_server")
     if not server.exists():
         pytest.skip("moto_server is not installed")
@@ -91,7 +91,7 @@ def s3_url() -> Iterator[str]:
         query = f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
         filesystem, _ = fs.FileSystem.from_uri(f"s3://bucket?{query}&allow_bucket_creation=true")
         filesystem.create_dir("bucket")
-        yield f"s3://bucket/studies?{query}"
+        yield f"s3://bucket/studies?{query}", process.pid
     finally:
         process.kill()
         process.wait()
@@ -100,3 +100,8 @@ def s3_url() -> Iterator[str]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@pytest.fixture
+def s3_url(s3_server: tuple[str, int]) -> str:
+    return s3_server[0]

@@ -1,0 +1,553 @@
+"""The whole program killed, starved and cut off, by all means that one machine has; then the same command again."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+import pytest
+from test_system import (
+    STEADY,
+    Driver,
+    agents,
+    assert_retrains,
+    assert_whole,
+    clean_environment,
+    command_of,
+    descendants,
+    driver,
+    end,
+    epochs_of,
+    run,
+    run_line,
+    wait_until_gone,
+)
+
+from search.ledger import part_files
+from search.results import Study, open_study
+from search.storage import location
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
+
+KILLS = 20
+SLOWER = ("--max-epochs", "40", "--set", "model.hidden_dims=[256, 256]", "--set", "scheduler.grace_epochs=2")
+"""Trials of several seconds."""
+
+
+def kill_with_family(running: Driver) -> None:
+    """As a power cut does it to the driver; what Ray started is gone soon after."""
+    family = descendants(running.process.pid)
+    running.process.kill()
+    assert running.end() == -signal.SIGKILL
+    helpers = agents(family)
+    wait_until_gone(family - helpers, 60)  # a worker that was about to start takes a while to notice
+    end(helpers & agents(helpers))
+
+
+def assert_consistent(study: Study) -> None:
+    """What must hold of a study at any instant."""
+    rows = study.rows()
+    assert [row.trial for row in rows] == list(range(len(rows)))
+    for trial, epochs in epochs_of(study).items():
+        assert epochs == list(range(1, len(epochs) + 1)), trial
+
+
+def worker_pids(root: int) -> list[int]:
+    """The processes in which trials are trained."""
+    return sorted(pid for pid in descendants(root) if "VaeTrial" in command_of(pid))
+
+
+# ---- the driver
+
+
+def test_a_driver_killed_twenty_times_at_random_moments_ends_with_every_trial_once(tmp_path):
+    rng = random.Random(1)
+    arguments = ("run", "--name", "killed", "--trials", "50", *SLOWER)
+    path = tmp_path / "studies" / "killed"
+    trials_file = path / "trials" / "part-00000.parquet"
+    under_way = 0
+    for kill in range(1, KILLS + 1):
+        with driver(*arguments, cwd=tmp_path) as running:
+            before = trials_file.stat().st_mtime_ns if trials_file.exists() else 0
+            running.wait_until(lambda b=before: trials_file.exists() and trials_file.stat().st_mtime_ns > b)
+            time.sleep(rng.uniform(0.1, 3))
+            assert not running.is_over, "the study is too short for this many kills"
+            kill_with_family(running)
+            states = [row.state for row in Study(path).rows()]
+            under_way += states.count("RUNNING")
+            print(f"kill {kill}: {len(states)} trials, {states.count('RUNNING')} under way")
+            assert_consistent(Study(path))
+    last = run(*arguments, cwd=tmp_path, timeout=400)
+    assert last.returncode == 0, last.stderr
+    study = open_study(path)
+    assert_whole(study, trials=50)
+    assert under_way > KILLS
+    resumed = [row for row in study.rows() if row.attempts > 1]
+    assert resumed
+    for row in resumed[:2]:
+        assert_retrains(study, row.trial)
+    best = study.summary().best
+    assert best is not None
+    ((value,),) = duckdb.sql(
+        f"SELECT min(val_nelbo) FROM '{path}/trials/*.parquet' WHERE state = 'COMPLETE' AND status = 'ok'"
+    ).fetchall()
+    assert best.val_nelbo == value
+    outcomes = study.attempts()["outcome"].to_pylist()
+    print({outcome: outcomes.count(outcome) for outcome in set(outcomes)})
+    assert set(outcomes) == {"ended", "interrupted"}
+    assert len(outcomes) == sum(row.attempts for row in study.rows())
+
+
+def test_a_second_signal_leaves_at_once_and_the_study_goes_on(tmp_path):
+    with driver("run", "--name", "study", "--trials", "6", *STEADY, cwd=tmp_path) as running:
+        running.wait_for("[1/6]")
+        family = descendants(running.process.pid)
+        sent = time.monotonic()
+        running.process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+        running.process.send_signal(signal.SIGINT)
+        assert running.end(30) == 130
+        assert time.monotonic() - sent < 2
+        wait_until_gone(family - agents(family), 60)
+        end(agents(family))
+    assert run("resume", "study", cwd=tmp_path).returncode == 0
+    assert_whole(open_study(tmp_path / "studies" / "study"), trials=6)
+
+
+def test_a_second_driver_is_refused_and_names_the_first_which_is_not_disturbed(tmp_path):
+    arguments = ("run", "--name", "study", "--trials", "4", *STEADY)
+    with driver(*arguments, cwd=tmp_path) as running:
+        running.wait_for("[1/4]")
+        second = run(*arguments, cwd=tmp_path)
+        assert second.returncode == 2
+        assert f"process {running.process.pid}" in second.stderr
+        assert len(second.stderr.strip().splitlines()) <= 3
+        assert running.end() == 0
+    assert_whole(open_study(tmp_path / "studies" / "study"), trials=4)
+
+
+def test_resume_finds_the_spec_in_the_studys_folder_and_is_the_same_as_run_again(tmp_path):
+    with driver("run", "--name", "study", "--trials", "5", *STEADY, cwd=tmp_path) as running:
+        running.wait_for("[1/5]")
+        kill_with_family(running)
+    done = run("resume", "study", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "taken over from process" in done.stderr
+    assert_whole(open_study(tmp_path / "studies" / "study"), trials=5)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "studies").rglob("*")}
+    for again in (run("resume", "study", cwd=tmp_path), run("resume", "study", "--json", cwd=tmp_path)):
+        assert again.returncode == 0
+        assert "complete" in again.stderr
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "studies").rglob("*")} == files
+    more = run("resume", "study", "--extend", "2", cwd=tmp_path)
+    assert more.returncode == 0, more.stderr
+    assert_whole(open_study(tmp_path / "studies" / "study"), trials=7)
+    other = run("resume", "study", "--set", "budget.max_epochs=3", cwd=tmp_path)
+    assert other.returncode == 2
+    assert "budget.max_epochs: 40 -> 3" in other.stderr
+    unknown = run("resume", "nothing", cwd=tmp_path)
+    assert unknown.returncode == 2
+    assert "study" in unknown.stderr
+
+
+# ---- workers
+
+
+def test_a_soak_with_a_killer_of_workers_loses_and_doubles_nothing(tmp_path):
+    """Every 2 seconds, with probability 0.05, a random worker is killed: some of them twice, none for good."""
+    rng = random.Random(11)
+    kills = 0
+    budget = ("--trials", "60", "--set", "scheduler.kind=none", "--set", "budget.max_retries=10")
+    with driver("run", "--name", "soak", *budget, *SLOWER, cwd=tmp_path) as running:
+        running.wait_for("[1/60]")
+        deadline = time.monotonic() + 800
+        while not running.is_over:
+            assert time.monotonic() < deadline, running.stderr[-5:]
+            time.sleep(2)
+            workers = worker_pids(running.process.pid)
+            if workers and rng.random() < 0.05:
+                try:
+                    os.kill(rng.choice(workers), signal.SIGKILL)
+                    kills += 1
+                except ProcessLookupError:
+                    pass
+        assert running.end() == 0, running.stderr
+    print(f"{kills} workers were killed")
+    assert kills >= 2
+    study = open_study(tmp_path / "studies" / "soak")
+    assert_whole(study, trials=60)
+    outcomes = study.attempts()["outcome"].to_pylist()
+    print({outcome: outcomes.count(outcome) for outcome in set(outcomes)})
+    assert outcomes.count("ended") == 60
+    assert 1 <= outcomes.count("lost") <= kills  # one between two trials costs nobody an attempt
+    again = [row for row in study.rows() if row.attempts > 1]
+    assert_retrains(study, again[0].trial)
+
+
+NODES = """
+import json, os, sys, threading, time
+from ray.cluster_utils import Cluster
+from search.events import StudyEvents
+from search.spec import StudySpec
+from search.study import run_study
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+spec = StudySpec.load(None, json.loads(sys.argv[1]))
+
+class Fate(StudyEvents):
+    moment = sys.argv[2]
+    told = []
+    def strike(self):
+        victim = nodes.pop()
+        cluster.remove_node(victim, allow_graceful=False)
+        time.sleep(3)
+        nodes.append(cluster.add_node(num_cpus=1))
+    def trial_started(self, row):
+        if self.moment == "before" and row.trial == 1:
+            self.moment = ""
+            threading.Timer(2.0, self.strike).start()
+    def epochs_done(self, row, epochs):
+        if self.moment == "under way" and row.epochs >= 5:
+            self.moment = ""
+            self.strike()
+    def worker_lost(self, row, attempt):
+        self.told.append([row.trial, attempt.outcome, attempt.reason])
+    def trial_ended(self, row):
+        time.sleep(0)
+
+fate = Fate()
+try:
+    study = run_study(spec, address=cluster.address, events=[fate], say=lambda text: print(text, file=sys.stderr))
+    print(json.dumps({"lost": fate.told, "path": str(study.path)}))
+finally:
+    cluster.shutdown()
+"""
+
+
+@pytest.mark.parametrize("moment", ["under way", "before"])
+def test_a_node_that_is_lost_costs_an_attempt_and_its_trials_go_on_elsewhere(tmp_path, moment):
+    keys = {
+        "name": "nodes",
+        "storage.path": str(tmp_path / "studies"),
+        "budget.trials": 4,
+        "budget.max_epochs": 40,
+        "scheduler.kind": "none",
+        "model.hidden_dims": [192, 192],
+    }
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64, "RAY_USAGE_STATS_ENABLED": "0"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", NODES, json.dumps(keys), moment],
+        cwd=tmp_path,
+        env=clean_environment() | token,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    family: set[int] = set()
+    try:
+        stdout, stderr = process.communicate(timeout=400)
+    finally:
+        family = descendants(process.pid)
+        process.kill()
+        end(family & descendants(os.getpid()))
+    assert process.returncode == 0, stderr[-3000:]
+    told = json.loads(stdout.splitlines()[-1])
+    study = open_study(told["path"])
+    assert_whole(study, trials=4)
+    print(told["lost"])
+    if moment == "under way":
+        assert told["lost"]
+    assert {outcome for _, outcome, _ in told["lost"]} <= {"lost"}
+    for trial, _, _ in told["lost"]:
+        assert study.rows()[trial].attempts >= 2
+        assert_retrains(study, trial)
+
+
+def test_a_cluster_that_dies_as_a_whole_costs_no_trial_once_there_is_another(tmp_path):
+    """The head is gone, and with it every worker; a new one, the same command."""
+    folder = tmp_path / "r"  # short: names of unix sockets are limited
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64, "RAY_USAGE_STATS_ENABLED": "0"}
+    environment = clean_environment() | token
+    port = 20_000 + os.getpid() % 10_000
+    address = f"127.0.0.1:{port}"
+    start = [
+        Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1",
+        f"--port={port}", "--num-cpus=2", "--object-store-memory=200000000", "--include-dashboard=false",
+    ]  # fmt: skip
+    arguments = ("run", "--name", "head", "--trials", "8", "--address", address, *STEADY)
+    path = tmp_path / "studies" / "head"
+
+    def head() -> subprocess.Popen[bytes]:
+        folder.mkdir(exist_ok=True)
+        process = subprocess.Popen(start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while subprocess.run(
+            [sys.executable, "-c", f"import socket; socket.create_connection(('127.0.0.1', {port}), 1)"],
+            capture_output=True,
+        ).returncode:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        time.sleep(3)
+        return process
+
+    def stop(process: subprocess.Popen[bytes]) -> None:
+        family = descendants(process.pid)
+        process.kill()
+        process.wait()
+        end({pid for pid in family if Path(f"/proc/{pid}").exists()})
+        wait_until_gone(family, 30)
+
+    first = head()
+    try:
+        with driver(*arguments, cwd=tmp_path, extra=token) as running:
+            running.wait_for("[1/8]")
+            stop(first)
+            died = time.monotonic()
+            code = running.end(120)
+            print(f"the driver ended with {code} after {time.monotonic() - died:.0f} s: {running.stderr[-3:]}")
+            assert code != 0
+    finally:
+        if first.poll() is None:
+            stop(first)
+    assert_consistent(Study(path))
+    ended = {row.trial: row for row in Study(path).rows() if row.state != "RUNNING"}
+    assert ended
+    second = head()
+    try:
+        done = run(*arguments, cwd=tmp_path, extra=token)
+        assert done.returncode == 0, done.stderr
+    finally:
+        stop(second)
+    study = open_study(path)
+    assert_whole(study, trials=8)
+    assert all(study.rows()[number] == row for number, row in ended.items())
+
+
+# ---- the storage
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mounts a disk of so many MiB."""
+    mounted: list[Path] = []
+
+    def mount(size_mib: int) -> Path:
+        folder = tmp_path / "disk"
+        folder.mkdir()
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size_mib}m", "none", str(folder)], capture_output=True, text=True
+        )
+        if done.returncode:
+            pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(disk: Path, leave_bytes: int) -> Path:
+    """Take all the room of a disk but some."""
+    filler = disk / "filler"
+    free = os.statvfs(disk)
+    with open(filler, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, free.f_bavail * free.f_frsize - leave_bytes))
+    return filler
+
+
+def test_a_disk_that_is_full_for_a_while_holds_nothing_up_and_loses_nothing(tmp_path, small_disk):
+    disk = small_disk(40)
+    storage = ("--storage", str(disk / "studies"))
+    with driver("run", "--name", "full", "--trials", "12", *storage, *STEADY, cwd=tmp_path) as running:
+        running.wait_for("[2/12]")
+        filler = fill(disk, 0)
+        running.wait_for("cannot be written")
+        said = len(running.stderr)
+        assert os.strerror(28) in "".join(running.stderr)
+        assert_consistent(open_study(disk / "studies" / "full"))
+        time.sleep(5)
+        filler.unlink()
+        running.wait_for("is written again")
+        assert running.end() == 0, running.stderr
+    assert said
+    assert_whole(open_study(disk / "studies" / "full"), trials=12)
+
+
+def test_a_disk_that_stays_full_ends_the_study_clearly_and_with_room_the_same_command_goes_on(tmp_path, small_disk):
+    disk = small_disk(40)
+    path = disk / "studies" / "full"
+    arguments = ("run", "--name", "full", "--trials", "12", "--storage", str(disk / "studies"), *STEADY)
+    with driver(*arguments, "--set", "storage.patience_s=3", cwd=tmp_path) as running:
+        running.wait_for("[2/12]")
+        filler = fill(disk, 0)
+        assert running.end() == 1
+    last = [line for line in running.stderr if line.startswith("vaesearch: ") or "the same command" in line]
+    assert str(path) in last[0]
+    assert os.strerror(28) in last[0]
+    assert "the same command" in last[-1]
+    assert not any("Traceback" in line for line in running.stderr)
+    assert_consistent(Study(path))
+    ended = {row.trial: row for row in Study(path).rows() if row.state != "RUNNING"}
+    epochs = {(row["trial"], row["epoch"]): row["val_nelbo"] for row in Study(path).epochs().to_pylist()}
+    assert ended
+
+    refused = run(*arguments, cwd=tmp_path)  # there is still no room
+    assert refused.returncode in (1, 2)
+    assert str(disk) in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) <= 6
+
+    filler.unlink()
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    study = open_study(path)
+    assert_whole(study, trials=12)
+    assert all(study.rows()[number] == row for number, row in ended.items())
+    now = {(row["trial"], row["epoch"]): row["val_nelbo"] for row in study.epochs().to_pylist()}
+    assert all(now[key] == value for key, value in epochs.items())
+
+
+def test_states_that_find_no_room_wait_while_the_tables_go_on(tmp_path, small_disk):
+    """Room for rows and not for the weights of a wide model."""
+    disk = small_disk(160)
+    path = disk / "studies" / "wide"
+    wide = ("--max-epochs", "12", "--set", "model.hidden_dims=[700, 700]", "--set", "scheduler.kind=none")
+    arguments = ("run", "--name", "wide", "--trials", "4", "--storage", str(disk / "studies"), *wide)
+    with driver(*arguments, "--set", "export.top=1", cwd=tmp_path) as running:
+        running.wait_until(lambda: (path / "checkpoints").is_dir())
+        filler = fill(disk, 1_000_000)
+        running.wait_for("cannot be written")
+        before = Study(path).epochs().num_rows
+        running.wait_until(lambda: Study(path).epochs().num_rows > before + 1)
+        filler.unlink()
+        running.wait_for("is written again")
+        assert running.end() == 0, running.stderr
+    study = open_study(path)
+    assert_whole(study, trials=4)
+    assert len(study.model_folders()) == 1
+
+
+def test_a_study_on_an_object_store_survives_a_kill_and_a_store_that_does_not_answer(tmp_path, s3_server):
+    url, server = s3_server
+    arguments = ("run", "--name", "far", "--trials", "10", "--storage", url, *STEADY)
+    with driver(*arguments, cwd=tmp_path) as running:
+        running.wait_for("[1/10]")
+        kill_with_family(running)
+    place = location(url) / "far"
+    assert_consistent(Study(place))
+    with driver(*arguments, cwd=tmp_path) as running:
+        running.wait_for("taken over")
+        running.wait_for("/10]")
+        os.kill(server, signal.SIGSTOP)
+        try:
+            time.sleep(2)
+            sent = time.monotonic()
+            running.process.send_signal(signal.SIGINT)
+            assert running.end(30) == 130
+            took = time.monotonic() - sent
+        finally:
+            os.kill(server, signal.SIGCONT)
+        print(f"gone after {took:.1f} s while the store did not answer")
+        assert took < 5
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    study = Study(place)
+    assert_whole(study, trials=10)
+    answer = run("query", "SELECT count(*) AS n FROM trials", "--storage", url, "--format", "json", cwd=tmp_path)
+    assert json.loads(answer.stdout) == [{"n": 10}]
+    shown = run("show", "far", "--storage", url, cwd=tmp_path)
+    commands = [line.strip() for line in shown.stdout.splitlines() if line.startswith("  vaesearch ")]
+    assert commands
+    for command in commands:
+        printed = run_line(command, tmp_path)
+        assert printed.returncode == 0, (command, printed.stderr)
+    assert list(tmp_path.glob("model/*/model.safetensors"))
+    assert not (tmp_path / "studies").exists()
+
+
+@pytest.mark.parametrize("storage", ["local", "s3"])
+def test_storage_that_cannot_be_written_is_refused_in_seconds_by_name(tmp_path, s3_url, storage):
+    place = "/proc/nowhere" if storage == "local" else s3_url.replace("s3://bucket", "s3://no-such-bucket")
+    started = time.monotonic()
+    done = run("run", "--storage", place, cwd=tmp_path)
+    assert time.monotonic() - started < 10
+    assert done.returncode == 2
+    assert place in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 3
+
+
+# ---- long runs
+
+
+TRIALS = 2000
+GROWTH_LIMIT_BYTES = 50_000
+
+LONG = """
+import json, sys, time
+import numpy as np
+from search import StudySpec, run_study
+from search.events import StudyEvents
+
+np.save("points.npy", (np.random.default_rng(0).random((60, 4)) > 0.5).astype(np.float32))
+spec = StudySpec.load(None, json.loads(sys.argv[1]))
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+class Watch(StudyEvents):
+    ended, seen = 0, [(0, time.monotonic(), resident())]
+    def trial_ended(self, row):
+        Watch.ended += 1
+        if Watch.ended % 100 == 0:
+            Watch.seen.append((Watch.ended, time.monotonic(), resident()))
+
+run_study(spec, events=[Watch()])
+print(json.dumps(Watch.seen))
+"""
+
+
+def test_two_thousand_trials_cost_little_memory_few_files_and_steady_time(tmp_path):
+    keys = {
+        "name": "long",
+        "data.source": "points.npy",
+        "model.hidden_dims": [4],
+        "train.batch_size": 16,
+        "budget.trials": TRIALS,
+        "budget.max_epochs": 1,
+        "export.top": 1,
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", LONG, json.dumps(keys)],
+        cwd=tmp_path,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = json.loads(done.stdout.splitlines()[-1])
+    at = {ended: (when, memory) for ended, when, memory in seen}
+    growth = (at[TRIALS][1] - at[200][1]) / (TRIALS - 200)
+    fifth = TRIALS // 5
+    first, last = (at[end][0] - at[end - fifth + 100][0] for end in (fifth, TRIALS))  # without the start
+    files = [path for path in (tmp_path / "studies" / "long").rglob("*") if path.is_file()]
+    print(f"{growth / 1000:.1f} KB a trial; {len(files)} files; a trial takes {last / first:.2f} times as long")
+    print(f"{at[TRIALS][0] - at[0][0]:.0f} s, {at[TRIALS][1] / 2**20:.0f} MiB at the end")
+    assert growth < GROWTH_LIMIT_BYTES
+    assert len(files) < 20
+    assert last < 2.5 * first
+    study = open_study(tmp_path / "studies" / "long")
+    assert [row.trial for row in study.rows()] == list(range(TRIALS))
+    assert len(part_files(study.path, "trials")) == 1
+    assert pa.compute.all(pa.compute.not_equal(study.trials()["state"], "RUNNING")).as_py()
+    assert not re.search("warning", done.stderr, re.I)
