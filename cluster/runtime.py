@@ -5,12 +5,16 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 OBJECT_STORE_HEADROOM_BYTES = 128 * 2**20
+HEAD_CHECK_EVERY_S = 3.0
+HEAD_SILENT_S = 40.0  # Ray itself ends the process after 60
 
 PRIVATE_ENVIRONMENT = {
     # Ray's name for it is older than its use: 0 makes every server of the node bind to loopback alone
@@ -29,6 +33,42 @@ class Runtime:
     address: str  # "local" for a private one
     num_cpus: float
     num_gpus: float
+
+
+@contextlib.contextmanager
+def head_watched(on_lost: Callable[[str], None]) -> Iterator[None]:
+    """In this block, `on_lost` is called from a thread when nobody has listened for long where our Ray's head was.
+
+    Ray's calls (2.60) then wait without hearing a signal, and after a minute it ends the process from below Python.
+    """
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    over = threading.Event()
+
+    def watch() -> None:
+        heard = time.monotonic()
+        while not over.wait(HEAD_CHECK_EVERY_S):
+            if _listens(address):
+                heard = time.monotonic()
+            elif time.monotonic() - heard >= HEAD_SILENT_S:
+                on_lost(f"the Ray cluster at {address} is gone; with another one, the same command goes on")
+                return
+
+    threading.Thread(target=watch, name="vaesearch-head", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), HEAD_CHECK_EVERY_S).close()
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -3,12 +3,14 @@
 import contextlib
 import logging
 import math
+import os
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.resources import PlacementError, fitting_trials
-from cluster.runtime import Runtime, environment, ray_runtime
+from cluster.runtime import Runtime, environment, head_watched, ray_runtime
 from search.checkpoints import SERVER_THREADS, CheckpointStore, StoreReport, StoreServer
 from search.checks import check_batches, check_space, same_study
 from search.early_stopping import Asha
@@ -66,7 +68,8 @@ def run_study(
 
     address: a Ray cluster to join; None: a private Ray on this machine. extend: trials beyond those the
     stored study asks for. events: who hears of trials. say: takes the few lines meant for people.
-    Raises InputError before anything is written; StudyFailed; StorageFailed; Interrupted.
+    Raises InputError before anything is written; StudyFailed; StorageFailed; Interrupted. A cluster that dies
+    as a whole ends this process with status 1.
     """
     data = load_data(spec.data_config())
     check_batches(spec, data)
@@ -97,8 +100,11 @@ def run_study(
 
         study = Study(path)
         with _failing_clearly(path):
-            publish_best(study, data)
+            published = publish_best(study, data)
             CheckpointStore(path / CHECKPOINTS_FOLDER).clear()
+        leaders = len(study.summary().leaders[: spec.export.top])
+        if len(published) < leaders:
+            say(f"{path}: of the best {leaders} models, the weights of {leaders - len(published)} were not kept")
     return study
 
 
@@ -148,7 +154,13 @@ def _search(
         listener.search_started(spec, rows)
     del contents, rows  # a long study's are large
     patience = Patience(path, spec.storage.patience_s, say)
-    with _store_server(path) as server:
+
+    def leave(reason: str) -> None:
+        say(reason)
+        ledger.flush(LAST_FLUSH_S)
+        os._exit(1)
+
+    with head_watched(on_lost=leave), _store_server(path) as server:
         best.server = server
         rounds = _Rounds(spec, ledger, lease, server, searcher, patience, interrupts)
         try:
@@ -216,7 +228,9 @@ class _Rounds:
 
         if self._asked is None and time.monotonic() - self._asked_at >= REPORT_EVERY_S:
             self._asked, self._asked_at = self._server.report.remote(), time.monotonic()
-        if self._asked is None or not ray.wait([self._asked], timeout=wait_s)[0]:
+        if self._asked is None:
+            return False
+        if not ray.wait([self._asked], timeout=wait_s)[0]:
             return False
         self._report, self._asked = ray.get(self._asked), None
         return True
@@ -231,7 +245,10 @@ def _store_server(path: Location) -> Iterator[Any]:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"max_concurrency": SERVER_THREADS, "max_restarts": -1, "max_task_retries": -1}
     remote_store = ray.remote(StoreServer).options(num_cpus=0, scheduling_strategy=here, **options)
-    server: Any = remote_store.remote(str(path / CHECKPOINTS_FOLDER), credentials(path))
+    folder = path / CHECKPOINTS_FOLDER
+    if isinstance(folder, Path):
+        folder = folder.absolute()  # on a cluster that we joined, the actor has a working directory of its own
+    server: Any = remote_store.remote(str(folder), credentials(path))
     try:
         yield server
     finally:

@@ -314,7 +314,8 @@ def test_a_cluster_that_dies_as_a_whole_costs_no_trial_once_there_is_another(tmp
             died = time.monotonic()
             code = running.end(120)
             print(f"the driver ended with {code} after {time.monotonic() - died:.0f} s: {running.stderr[-3:]}")
-            assert code != 0
+            assert code == 1
+            assert any("is gone" in line and "the same command" in line for line in running.stderr)
     finally:
         if first.poll() is None:
             stop(first)
