@@ -6,11 +6,12 @@ import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
 
-from search.ledger import EPOCHS, TRIALS, EpochRow, Ledger, TrialRow
+from search.ledger import ATTEMPTS, EPOCHS, TRIALS, AttemptRow, EpochRow, Ledger, TrialRow
 from search.results import write_study_file
 from search.spec import StudySpec
 from search.sql import STUDIES, query
@@ -45,6 +46,10 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
             batch_size=64, seed=number, val_nelbo=23.0 + number, train_nelbo=22.0, val_kl=4.0, active_units=number,
             no_latent_nelbo=27.4, epochs=num_epochs, max_epochs=6, suggested_at=now, ended_at=now,
         )  # fmt: skip
+        attempt = AttemptRow(
+            study=spec.name, trial=number, attempt=1, outcome="ended", from_epoch=0, epochs=num_epochs, started_at=now
+        )  # fmt: skip
+        ledger.update_attempt(attempt)
         ledger.start_trial(row)
         ledger.add_epochs(
             EpochRow(
@@ -68,7 +73,10 @@ def test_every_question_of_the_results_page_gets_an_answer(sql, storage):
 def test_the_results_page_names_every_column():
     text = RESULTS.read_text(encoding="utf-8")
     missing = [
-        name for schema in (TRIALS, EPOCHS, STUDIES) for name in schema.names if not re.search(rf"\b{name}\b", text)
+        name
+        for schema in (TRIALS, EPOCHS, ATTEMPTS, STUDIES)
+        for name in schema.names
+        if not re.search(rf"\b{name}\b", text)
     ]
     assert not missing
 
@@ -87,7 +95,10 @@ def test_ci_installs_and_tests_with_the_command_of_the_readme():
 
 @pytest.mark.system
 @pytest.mark.timeout(900)
-def test_every_command_and_snippet_of_the_readme_runs_as_printed(tmp_path):
+def test_every_command_and_snippet_of_the_readme_runs_as_printed(tmp_path, s3_url):
+    endpoint = parse_qs(urlsplit(s3_url).query)["endpoint_override"][0]
+    aws = {"AWS_ENDPOINT_URL": f"http://{endpoint}", "AWS_REGION": "us-east-1"}
+    environment = ENVIRONMENT | {k: v for k, v in os.environ.items() if k.startswith("AWS_")} | aws
     rng = np.random.default_rng(0)
     np.savetxt(tmp_path / "points.csv", rng.normal(size=(400, 5)), delimiter=",", header="a,b,c,d,e", comments="")
     np.savez(tmp_path / "images.npz", images=rng.integers(0, 256, size=(400, 8, 8), dtype=np.uint8))
@@ -96,12 +107,13 @@ def test_every_command_and_snippet_of_the_readme_runs_as_printed(tmp_path):
         (tmp_path / "path" / "to" / "mnist").symlink_to(MNIST)
     for language, text in re.findall(r"^```(sh|python)\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL):
         if language == "python":
-            subprocess.run([sys.executable, "-c", text], cwd=tmp_path, env=ENVIRONMENT, check=True, timeout=300)
+            subprocess.run([sys.executable, "-c", text], cwd=tmp_path, env=environment, check=True, timeout=300)
             continue
         for line in text.splitlines():
             command = line.removeprefix("pip install . && ")
             if command.startswith("pip install") or ("mnist" in command and not MNIST.is_dir()):
                 continue  # .ci/run does the one; the other needs files that are not here
-            subprocess.run(["bash", "-c", command], cwd=tmp_path, env=ENVIRONMENT, check=True, timeout=600)
+            subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, check=True, timeout=600)
     assert (tmp_path / "curves.csv").stat().st_size > 0
     assert (tmp_path / "model").is_dir()
+    assert (tmp_path / "from-afar").is_dir()
