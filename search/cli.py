@@ -1,8 +1,8 @@
 """`vaesearch`: parse, call one function, print. Results go to stdout, progress and errors to stderr."""
 
+import os
 import shlex
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +22,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+INTERRUPTED = (130, 143)
 DEFAULT_STORAGE = "studies"
 
 Storage = Annotated[str, typer.Option(help="Folder or URL of the studies.", envvar="VAESEARCH_STORAGE")]
@@ -225,21 +226,14 @@ def _run(spec: "StudySpec", address: str | None, extend: int, json: bool) -> Non
     from search.interrupts import Interrupted
     from search.leaderboard import as_json, print_study
     from search.progress import Progress
-    from search.results import STUDY_FILE, Study
     from search.study import run_study
 
-    path = spec.folder
     with Progress() as progress:
         try:
             study = run_study(spec, address=address, extend=extend, events=[progress], say=progress.say)
         except Interrupted as interrupted:
-            done = "before the first trial"
-            with suppress(OSError):  # the storage may be what made somebody stop it
-                if (path / STUDY_FILE).is_file():
-                    summary = Study(path).summary()
-                    done = f"with {summary.ended} of {summary.trials} trials done"
             again = shlex.join(["vaesearch", *_without_extend(sys.argv[1:])])
-            progress.say(f"interrupted {done}; go on with: {again}")
+            progress.say(f"interrupted {progress.where()}; go on with: {again}")
             raise typer.Exit(128 + interrupted.signum) from None
     if json:
         _print_json(as_json(study))
@@ -252,6 +246,12 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]  # wherever it stands
     try:
         app(args=arguments)
+    except SystemExit as end:
+        if end.code in INTERRUPTED:  # all is written; storage that does not answer must not hold up the end
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code)
+        raise
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

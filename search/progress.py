@@ -49,6 +49,10 @@ class Progress(StudyEvents):
         """A line for people, above the picture if there is one."""
         self.console.print(Text(text), soft_wrap=True)
 
+    def where(self) -> str:
+        """How far the study is, in words."""
+        return f"with {self._ended} of {self._trials} trials done" if self._trials else "before the first trial"
+
     def search_started(self, spec: StudySpec, rows: list[TrialRow]) -> None:
         self._trials = spec.budget.trials
         self._ended = self._ended_before = sum(row.state != "RUNNING" for row in rows)
