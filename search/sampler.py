@@ -116,9 +116,6 @@ class StudySearcher(Searcher):
         else:  # the study was interrupted: the ledger's row stays RUNNING and goes on next time
             self._settle_attempt(live, "interrupted", None)
 
-    def is_live(self, trial_id: str) -> bool:
-        return trial_id in self._live
-
     def stalled(self, trial_id: str) -> None:
         """The worker of a trial is about to be killed, since nothing moved."""
         self._live[trial_id].is_stalled = True

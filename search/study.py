@@ -2,15 +2,12 @@
 
 import contextlib
 import logging
-import math
 import os
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,18 +16,18 @@ import pyarrow.compute as pc
 
 from cluster.resources import PlacementError, fitting_trials
 from cluster.runtime import Runtime, environment, head_watched, ray_runtime
-from search.checkpoints import SERVER_THREADS, CheckpointStore, StoreReport, StoreServer
+from search.checkpoints import CheckpointStore
 from search.checks import check_batches, check_space, same_study
 from search.early_stopping import Asha
 from search.events import StudyEvents
 from search.interrupts import Interrupts, interrupts_caught
 from search.lease import Lease
 from search.ledger import Ledger, TrialRow, take_stock
-from search.results import CHECKPOINTS_FOLDER, STUDY_FILE, Study, ranked, write_study_file
+from search.results import CHECKPOINTS_FOLDER, STUDY_FILE, Study, write_study_file
+from search.rounds import BestStates, Rounds, store_server
 from search.space import Space
 from search.spec import StudySpec
-from search.storage import Location, StorageFailed, check_writable, credentials, reason_of
-from search.watchdog import Watchdog
+from search.storage import Location, StorageFailed, check_writable, reason_of
 from search.writer import Patience
 from vae.config import InputError
 from vae.data import Dataset, load_data
@@ -47,7 +44,6 @@ TUNE_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0: not a word on stdout
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
-REPORT_EVERY_S = 1.0  # how often the checkpoint store is asked how it is
 LAST_FLUSH_S = 1.0  # what an interrupted study may take for its last rows
 LOGGED_VERSIONS = ("vaesearch", "ray", "torch", "optuna", "numpy", "pyarrow")
 
@@ -142,7 +138,8 @@ def _search(
     ledger = Ledger(path, contents)
     ended = sum(row.state != "RUNNING" for row in rows)
     if ended >= spec.budget.trials:
-        ledger.flush()
+        if not ledger.flush(spec.storage.patience_s):
+            raise StorageFailed(path, str(ledger.error))
         return
     best = BestStates(spec.export.top, rows, CheckpointStore(path / CHECKPOINTS_FOLDER))
     searcher = StudySearcher(spec, ledger, rows, _curves(contents.epochs), [best, *events])
@@ -160,9 +157,9 @@ def _search(
         ledger.flush(LAST_FLUSH_S)
         os._exit(1)
 
-    with head_watched(on_lost=leave), _store_server(path) as server:
+    with head_watched(on_lost=leave), store_server(path) as server:
         best.server = server
-        rounds = _Rounds(spec, ledger, lease, server, searcher, patience, interrupts)
+        rounds = Rounds(spec, ledger, lease, server, searcher, patience, interrupts)
         try:
             with interrupts.deferred():
                 _fit(spec, data, server, searcher, asha, concurrency, rounds)
@@ -177,84 +174,6 @@ def _search(
         )
 
 
-class _Rounds:
-    """What the driver does between two events of Tune: write, look after the workers, listen for signals."""
-
-    def __init__(
-        self,
-        spec: StudySpec,
-        ledger: Ledger,
-        lease: Lease,
-        server: Any,
-        searcher: "StudySearcher",
-        patience: Patience,
-        interrupts: Interrupts,
-    ) -> None:
-        import ray
-
-        self.watchdog = Watchdog(spec.budget.stall_timeout_s, ray.kill)
-        self._ledger, self._lease, self._server, self._searcher = ledger, lease, server, searcher
-        self._patience, self._interrupts = patience, interrupts
-        self._report = StoreReport(None, {})
-        self._asked: Any = None  # the reference of the next report
-        self._asked_at = -math.inf
-
-    def __call__(self) -> None:
-        self._interrupts.raise_if_pending()
-        if self._lease.is_due:
-            self._ledger.writer.put([self._lease.heartbeat()])
-        self._ledger.tick()
-        if self._hear_of_the_store():
-            self.watchdog.look(self._report.silent_s, self._searcher.stalled)
-        self._patience.look([self._ledger.error, self._report.error])
-
-    def finish(self) -> None:
-        """Until the tables and all states are on disk."""
-        self._asked, self._asked_at = None, -math.inf  # a report from now on
-        while True:
-            self._interrupts.raise_if_pending()
-            is_heard = self._hear_of_the_store(wait_s=0.1)
-            is_written = self._ledger.flush(timeout_s=0.1)
-            if is_heard and is_written and self._report.error is None:
-                return
-            self._patience.look([self._ledger.error, self._report.error])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its callbacks and what they refer to, and we never read that back
-
-    def _hear_of_the_store(self, wait_s: float = 0.0) -> bool:
-        """True when there is a new report. The store may be slow: the search never waits for it."""
-        import ray
-
-        if self._asked is None and time.monotonic() - self._asked_at >= REPORT_EVERY_S:
-            self._asked, self._asked_at = self._server.report.remote(), time.monotonic()
-        if self._asked is None:
-            return False
-        if not ray.wait([self._asked], timeout=wait_s)[0]:
-            return False
-        self._report, self._asked = ray.get(self._asked), None
-        return True
-
-
-@contextlib.contextmanager
-def _store_server(path: Location) -> Iterator[Any]:
-    """The checkpoint store as an actor on this machine."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    options = {"max_concurrency": SERVER_THREADS, "max_restarts": -1, "max_task_retries": -1}
-    remote_store = ray.remote(StoreServer).options(num_cpus=0, scheduling_strategy=here, **options)
-    folder = path / CHECKPOINTS_FOLDER
-    if isinstance(folder, Path):
-        folder = folder.absolute()  # on a cluster that we joined, the actor has a working directory of its own
-    server: Any = remote_store.remote(str(folder), credentials(path))
-    try:
-        yield server
-    finally:
-        ray.kill(server)
-
-
 def _fit(
     spec: StudySpec,
     data: Dataset,
@@ -262,7 +181,7 @@ def _fit(
     searcher: "StudySearcher",
     asha: Asha | None,
     concurrency: int,
-    rounds: _Rounds,
+    rounds: Rounds,
 ) -> None:
     """The one place that knows Ray Tune's controller."""
     from ray import tune
@@ -327,25 +246,6 @@ def _fit(
             ),
         )
         tuner.fit()
-
-
-class BestStates(StudyEvents):
-    """Keeps the stored states of the best trials and of those under way, and drops the rest."""
-
-    def __init__(self, top: int, rows: list[TrialRow], store: CheckpointStore) -> None:
-        self.server: Any = None
-        self._top = top
-        self._kept = ranked(rows)[:top]
-        needed = {row.trial for row in self._kept} | {row.trial for row in rows if row.state == "RUNNING"}
-        for trial in store.trials():
-            if trial not in needed:
-                store.drop(trial)
-
-    def trial_ended(self, row: TrialRow) -> None:
-        candidates = {kept.trial for kept in self._kept} | {row.trial}
-        self._kept = ranked([*self._kept, row])[: self._top]
-        for trial in candidates - {kept.trial for kept in self._kept}:
-            self.server.drop.remote(trial)  # not waited for
 
 
 def _curves(epochs: pa.Table) -> Mapping[int, "Curve"]:

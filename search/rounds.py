@@ -1,0 +1,119 @@
+"""What the driver does between two events of Tune: write, look after the workers and their states, hear signals."""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from search.checkpoints import SERVER_THREADS, CheckpointStore, StoreReport, StoreServer
+from search.events import StudyEvents
+from search.interrupts import Interrupts
+from search.lease import Lease
+from search.ledger import Ledger, TrialRow
+from search.results import CHECKPOINTS_FOLDER, ranked
+from search.spec import StudySpec
+from search.storage import Location, credentials
+from search.watchdog import Watchdog
+from search.writer import Patience
+
+if TYPE_CHECKING:
+    from search.sampler import StudySearcher
+
+REPORT_EVERY_S = 1.0  # how often the checkpoint store is asked how it is
+
+
+class Rounds:
+    """What the driver does between two events of Tune: write, look after the workers, listen for signals."""
+
+    def __init__(
+        self,
+        spec: StudySpec,
+        ledger: Ledger,
+        lease: Lease,
+        server: Any,
+        searcher: "StudySearcher",
+        patience: Patience,
+        interrupts: Interrupts,
+    ) -> None:
+        import ray
+
+        self.watchdog = Watchdog(spec.budget.stall_timeout_s, ray.kill)
+        self._ledger, self._lease, self._server, self._searcher = ledger, lease, server, searcher
+        self._patience, self._interrupts = patience, interrupts
+        self._report = StoreReport(None, {})
+        self._asked: Any = None  # the reference of the next report
+        self._asked_at = -math.inf
+
+    def __call__(self) -> None:
+        self._interrupts.raise_if_pending()
+        if self._lease.is_due:
+            self._ledger.writer.put([self._lease.heartbeat()])
+        self._ledger.tick()
+        if self._hear_of_the_store():
+            self.watchdog.look(self._report.silent_s, self._searcher.stalled)
+        self._patience.look([self._ledger.error, self._report.error])
+
+    def finish(self) -> None:
+        """Until the tables and all states are on disk."""
+        self._asked, self._asked_at = None, -math.inf  # a report from now on
+        while True:
+            self._interrupts.raise_if_pending()
+            is_heard = self._hear_of_the_store(wait_s=0.1)
+            is_written = self._ledger.flush(timeout_s=0.1)
+            if is_heard and is_written and self._report.error is None:
+                return
+            self._patience.look([self._ledger.error, self._report.error])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its callbacks and what they refer to, and we never read that back
+
+    def _hear_of_the_store(self, wait_s: float = 0.0) -> bool:
+        """True when there is a new report. The store may be slow: the search never waits for it."""
+        import ray
+
+        if self._asked is None and time.monotonic() - self._asked_at >= REPORT_EVERY_S:
+            self._asked, self._asked_at = self._server.report.remote(), time.monotonic()
+        if self._asked is None or not ray.wait([self._asked], timeout=wait_s)[0]:
+            return False
+        self._report, self._asked = ray.get(self._asked), None
+        return True
+
+
+@contextlib.contextmanager
+def store_server(path: Location) -> Iterator[Any]:
+    """The checkpoint store as an actor on this machine."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"max_concurrency": SERVER_THREADS, "max_restarts": -1, "max_task_retries": -1}
+    remote_store = ray.remote(StoreServer).options(num_cpus=0, scheduling_strategy=here, **options)
+    folder = path / CHECKPOINTS_FOLDER
+    if isinstance(folder, Path):
+        folder = folder.absolute()  # on a cluster that we joined, the actor has a working directory of its own
+    server: Any = remote_store.remote(str(folder), credentials(path))
+    try:
+        yield server
+    finally:
+        ray.kill(server)
+
+
+class BestStates(StudyEvents):
+    """Keeps the stored states of the best trials and of those under way, and drops the rest."""
+
+    def __init__(self, top: int, rows: list[TrialRow], store: CheckpointStore) -> None:
+        self.server: Any = None
+        self._top = top
+        self._kept = ranked(rows)[:top]
+        needed = {row.trial for row in self._kept} | {row.trial for row in rows if row.state == "RUNNING"}
+        for trial in store.trials():
+            if trial not in needed:
+                store.drop(trial)
+
+    def trial_ended(self, row: TrialRow) -> None:
+        candidates = {kept.trial for kept in self._kept} | {row.trial}
+        self._kept = ranked([*self._kept, row])[: self._top]
+        for trial in candidates - {kept.trial for kept in self._kept}:
+            self.server.drop.remote(trial)  # not waited for
