@@ -1,7 +1,7 @@
 """What happens in a study while it runs, for whoever wants to hear of it."""
 
-from search.ledger import AttemptRow, EpochRow, TrialRow
 from search.spec import StudySpec
+from search.tables import AttemptRow, EpochRow, TrialRow
 
 
 class StudyEvents:

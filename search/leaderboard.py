@@ -9,10 +9,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from search.ledger import TrialRow
 from search.output import plain
 from search.progress import activation_text, duration, hidden_text, params_text, shapes_differ
 from search.results import Study, Summary
+from search.tables import TrialRow
 from vae.data import SourceStatus
 
 LEADERS_SHOWN = 5

@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from search.events import StudyEvents
-from search.ledger import AttemptRow, EpochRow, TrialRow
 from search.results import ranked
 from search.spec import StudySpec
+from search.tables import AttemptRow, EpochRow, TrialRow
 
 REFRESH_PER_S = 4
 STATE_STYLE = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red"}

@@ -13,9 +13,9 @@ import torch
 
 from search.checkpoints import CheckpointStore
 from search.checks import check_fingerprint
-from search.ledger import TrialRow
 from search.results import CHECKPOINTS_FOLDER, MODEL_FILE, MODELS_FOLDER, Study, ranked
 from search.storage import Location, fetch_tree, replace_tree, restore_tree
+from search.tables import TrialRow
 from vae import export
 from vae.config import InputError
 from vae.data import Dataset

@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow as pa
 import tomli_w
 
-from search.ledger import TrialRow, read_table, read_trials
 from search.spec import StudySpec
 from search.storage import Location, location, write_atomically
+from search.tables import TrialRow, read_table, read_trials
 from vae.config import InputError
 
 STUDY_FILE = "study.toml"
@@ -88,15 +88,15 @@ class Study:
         return StudySpec.load(self.path / STUDY_FILE)
 
     def trials(self) -> pa.Table:
-        """One row a trial; columns as in `search.ledger.TrialRow`."""
+        """One row a trial; columns as in `search.tables.TrialRow`."""
         return read_table(self.path, "trials")
 
     def epochs(self) -> pa.Table:
-        """One row a trial and epoch; columns as in `search.ledger.EpochRow`."""
+        """One row a trial and epoch; columns as in `search.tables.EpochRow`."""
         return read_table(self.path, "epochs")
 
     def attempts(self) -> pa.Table:
-        """One row a start of a trial in a worker; columns as in `search.ledger.AttemptRow`."""
+        """One row a start of a trial in a worker; columns as in `search.tables.AttemptRow`."""
         return read_table(self.path, "attempts")
 
     def rows(self) -> list[TrialRow]:

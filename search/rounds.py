@@ -11,10 +11,11 @@ from search.checkpoints import SERVER_THREADS, CheckpointStore, StoreReport, Sto
 from search.events import StudyEvents
 from search.interrupts import Interrupts
 from search.lease import Lease
-from search.ledger import Ledger, TrialRow
+from search.ledger import Ledger
 from search.results import CHECKPOINTS_FOLDER, ranked
 from search.spec import StudySpec
 from search.storage import Location, credentials
+from search.tables import TrialRow
 from search.watchdog import Watchdog
 from search.writer import Patience
 

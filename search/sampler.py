@@ -28,9 +28,10 @@ from ray.exceptions import OutOfMemoryError
 from ray.tune.search import Searcher
 
 from search.events import StudyEvents
-from search.ledger import AttemptRow, EpochRow, Ledger, TrialRow
+from search.ledger import Ledger
 from search.space import Space
 from search.spec import Params, StudySpec
+from search.tables import AttemptRow, EpochRow, TrialRow
 
 CONSTRAINTS = ("collapsed", "diverged", "oom")
 """Statuses the sampler learns to avoid; each is an Optuna constraint, violated at 1."""

@@ -8,9 +8,9 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from search.ledger import SCHEMAS, read_table
 from search.results import Study, list_studies
 from search.storage import Location
+from search.tables import SCHEMAS, read_table
 from vae.config import InputError
 
 TIME_LIMIT_S = 300.0

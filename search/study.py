@@ -22,12 +22,13 @@ from search.early_stopping import Asha
 from search.events import StudyEvents
 from search.interrupts import Interrupts, interrupts_caught
 from search.lease import Lease
-from search.ledger import Ledger, TrialRow, take_stock
+from search.ledger import Ledger, take_stock
 from search.results import CHECKPOINTS_FOLDER, STUDY_FILE, Study, write_study_file
 from search.rounds import BestStates, Rounds, store_server
 from search.space import Space
 from search.spec import StudySpec
 from search.storage import Location, StorageFailed, check_writable, reason_of
+from search.tables import TrialRow
 from search.writer import Patience
 from vae.config import InputError
 from vae.data import Dataset, load_data

@@ -11,10 +11,11 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 import pytest
 
-from search.ledger import ATTEMPTS, EPOCHS, TRIALS, AttemptRow, EpochRow, Ledger, TrialRow
+from search.ledger import Ledger
 from search.results import write_study_file
 from search.spec import StudySpec
 from search.sql import STUDIES, query
+from search.tables import ATTEMPTS, EPOCHS, TRIALS, AttemptRow, EpochRow, TrialRow
 
 ROOT = Path(__file__).parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "docs" / "results.md"

@@ -29,12 +29,12 @@ import search.checks
 from search.checkpoints import CheckpointStore
 from search.checks import disk_budget_bytes
 from search.events import StudyEvents
-from search.ledger import AttemptRow, EpochRow, TrialRow, read_table
 from search.results import Study, open_study
 from search.sampler import frozen_trial, make_sampler, rebuild_study
 from search.space import Space
 from search.spec import StudySpec
 from search.study import run_study
+from search.tables import AttemptRow, EpochRow, TrialRow, read_table
 from vae.config import InputError
 from vae.data import load_data
 

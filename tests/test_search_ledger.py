@@ -24,12 +24,13 @@ from hypothesis import strategies as st
 
 from search import ledger as ledger_module
 from search import storage as storage_module
-from search.ledger import (
+from search.ledger import Ledger, TableWriter
+from search.storage import write_atomically
+from search.tables import (
     EPOCHS,
+    SCHEMA_VERSION,
     TRIALS,
     EpochRow,
-    Ledger,
-    TableWriter,
     TrialRow,
     part_files,
     read_table,
@@ -37,7 +38,6 @@ from search.ledger import (
     to_rows,
     to_table,
 )
-from search.storage import write_atomically
 
 NOON = datetime(2026, 3, 1, 12, 0, 0, 123456, tzinfo=UTC)
 
@@ -108,7 +108,7 @@ def test_a_file_carries_its_table_and_schema_version(table, tmp_path):
     (part,) = part_files(tmp_path, table)
     metadata = pq.read_schema(part).metadata
     assert metadata[b"vaesearch.table"] == table.encode()
-    assert metadata[b"vaesearch.schema_version"] == ledger_module.SCHEMA_VERSION.encode()
+    assert metadata[b"vaesearch.schema_version"] == SCHEMA_VERSION.encode()
 
 
 def test_a_study_without_rows_reads_as_an_empty_table(tmp_path):
@@ -348,13 +348,14 @@ import os, sys
 from datetime import UTC, datetime
 from pathlib import Path
 from search import ledger as module
+from search.tables import read_trials
 sys.path.insert(0, {tests!r})
 from test_search_ledger import epoch_row, trial_row
 
 module.ROWS_A_PART = {rows_a_part}
 module.EPOCHS_FLUSH_EVERY_S = module.TRIALS_FLUSH_EVERY_S = 0
 study = Path({study!r})
-done = {{row.trial: row.state for row in module.read_trials(study)}}
+done = {{row.trial: row.state for row in read_trials(study)}}
 ledger = module.Ledger(study)
 
 def say(text):
@@ -447,7 +448,7 @@ def test_nothing_acknowledged_is_lost_or_doubled_by_kill_9_at_random_moments(tmp
         writer = start_writer(tmp_path, count, rows_a_part=5)
         assert writer.stdout is not None
         first = writer.stdout.readline()
-        time.sleep(random_.uniform(0, 0.15))
+        time.sleep(random_.uniform(0, 0.4))
         writer.kill()
         said, complaint = writer.communicate()
         words = [line.split() for line in (first + said).decode().splitlines() if line.count(" ") == 1]
@@ -472,7 +473,8 @@ def test_nothing_acknowledged_is_lost_or_doubled_by_kill_9_at_random_moments(tmp
 FULL_DISK = """
 import json, resource, sys
 from pathlib import Path
-from search.ledger import Ledger, read_trials
+from search.ledger import Ledger
+from search.tables import read_trials
 from search.storage import write_atomically
 sys.path.insert(0, {tests!r})
 from test_search_ledger import trial_row

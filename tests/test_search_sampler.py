@@ -8,15 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
 import pytest
 from optuna.trial import FrozenTrial, TrialState
+from ray.exceptions import OutOfMemoryError
 from ray.tune.search import Searcher
 
-from search.ledger import Ledger, TrialRow, read_table, read_trials
-from search.sampler import StudySearcher
+from search import ledger as ledger_module
+from search.ledger import Ledger
+from search.sampler import PENALTY_NATS, StudySearcher
 from search.space import Space
 from search.spec import StudySpec
+from search.tables import TrialRow, read_table, read_trials
 
 NO_LATENT = 30.0  # nats, in every result made here
 RUNGS_AND_END = (2, 3, 6)
@@ -261,7 +266,109 @@ def test_epochs_that_a_retried_trial_reports_again_are_neither_doubled_nor_told_
     assert desk.row(0).attempts == 2
 
 
+# ---- attempts
+
+
+def attempts(desk: Desk, trial: int) -> list[tuple[object, ...]]:
+    desk.ledger.flush()
+    rows = [row for row in read_table(desk.path, "attempts").to_pylist() if row["trial"] == trial]
+    return [(row["attempt"], row["outcome"], row["from_epoch"], row["epochs"]) for row in rows]
+
+
+def test_every_attempt_has_a_row_with_its_end_and_where_it_began(desk):
+    trial_id, _ = desk.ask()
+    assert attempts(desk, 0) == [(1, None, None, 0)]
+    desk.searcher.on_trial_result(trial_id, result(curve(1, 3)))
+    desk.searcher.worker_lost(trial_id, RuntimeError("killed"))
+    desk.searcher.started_again(trial_id)
+    desk.searcher.on_trial_result(trial_id, result(curve(1, 4), from_epoch=2, damaged="the state of epoch 3"))
+    desk.end(trial_id, result(curve(5, 6), from_epoch=2, damaged="the state of epoch 3", final=True))
+    assert attempts(desk, 0) == [(1, "lost", 0, 3), (2, "ended", 2, 6)]
+    table = read_table(desk.path, "attempts").to_pylist()
+    assert [row["reason"] for row in table] == ["killed", None]
+    assert [row["damaged"] for row in table] == [None, "the state of epoch 3"]
+    assert all(row["ended_at"] >= row["started_at"] for row in table)
+
+
+def test_an_attempt_of_a_driver_that_died_is_interrupted(tmp_path):
+    desk = Desk(tmp_path / "live")
+    trial_id, _ = desk.ask()
+    desk.searcher.on_trial_result(trial_id, result(curve(1, 2)))
+    again = desk.reborn(tmp_path / "again")
+    again.ask()
+    assert attempts(again, 0) == [(1, "interrupted", 0, 2), (2, None, None, 0)]
+    desk.end(trial_id, None)  # one that was told to stop
+    assert attempts(desk, 0) == [(1, "interrupted", 0, 2)]
+
+
+def test_a_stalled_worker_is_a_timeout_and_one_too_many_a_failure(desk):
+    trial_id, _ = desk.ask()
+    desk.searcher.stalled(trial_id)
+    desk.searcher.worker_lost(trial_id, RuntimeError("The actor is dead because it was killed by `ray.kill`."))
+    desk.searcher.started_again(trial_id)
+    desk.searcher.worker_lost(trial_id, RuntimeError("killed"))
+    desk.searcher.started_again(trial_id)
+    desk.searcher.stalled(trial_id)
+    desk.searcher.worker_lost(trial_id, RuntimeError("The actor is dead because it was killed by `ray.kill`."))
+    desk.end(trial_id, None, error=True)
+    assert [outcome for _, outcome, _, _ in attempts(desk, 0)] == ["timeout", "lost", "timeout"]
+    row = desk.row(0)
+    assert (row.state, row.status, row.attempts) == ("FAIL", "timeout", 3)
+    assert f"{desk.spec.budget.stall_timeout_s:g} s" in row.reason
+    assert desk.told(0).state == TrialState.FAIL
+
+
+def test_a_worker_killed_for_memory_too_often_is_out_of_memory_to_the_sampler(desk):
+    trial_id, _ = desk.ask()
+    desk.searcher.on_trial_result(trial_id, result(curve(1, 2)))
+    desk.searcher.worker_lost(trial_id, OutOfMemoryError("Task was killed due to the node running low on memory."))
+    desk.end(trial_id, None, error=True)
+    row = desk.row(0)
+    assert (row.state, row.status) == ("PRUNED", "oom")
+    assert desk.told(0).constraints["oom"] == 1.0
+    assert row.objective == NO_LATENT + PENALTY_NATS
+
+
 # ---- the ledger
+
+
+def test_a_suggestion_waits_for_the_disk_and_is_the_same_when_it_comes(tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger_module, "START_WAIT_S", 0.05)
+    desk, other = Desk(tmp_path / "s"), Desk(tmp_path / "other")
+    shutil.rmtree(tmp_path / "s")  # a disk that cannot be written
+    assert desk.searcher.suggest("tune-0") is None
+    assert desk.searcher.suggest("tune-1") is None
+    assert desk.ledger.error is not None
+    for table in ("trials", "epochs", "attempts"):
+        (tmp_path / "s" / table).mkdir(parents=True)
+    assert desk.ledger.writer.wait(timeout_s=10)
+    _, config = desk.ask()
+    assert config == other.ask()[1]
+    assert [row.trial for row in read_trials(desk.path)] == [0]
+    assert desk.ask()[1] == other.ask()[1]
+
+
+def test_trials_whose_rows_were_lost_are_tried_anew_under_their_numbers(tmp_path):
+    desk = Desk(tmp_path / "live", make_spec(budget={"trials": 6}))
+    asked = [desk.ask() for _ in range(5)]
+    for trial_id, _ in asked[:4]:
+        desk.end(trial_id, result(curve(1, 6), final=True))
+    desk.ledger.flush()
+    (part,) = (tmp_path / "live" / "trials").iterdir()
+    table = pq.read_table(part)
+    for kept, lost in (([1, 4], [0, 2, 3]), ([0], [1, 2, 3, 4])):  # the middle, and the end
+        path = tmp_path / f"lost-{len(lost)}"
+        shutil.copytree(desk.path, path)
+        rows = table.filter(pa.compute.is_in(table["trial"], pa.array(kept, pa.int32())))
+        pq.write_table(rows, path / "trials" / part.name)
+        again = Desk(path, desk.spec)
+        numbers = [again.ask()[1]["trial"] for _ in range(6 - len([n for n in kept if n != 4]))]
+        assert numbers == [n for n in range(6) if n not in kept or n == 4]
+        assert again.searcher.suggest("more") == Searcher.FINISHED
+        again.ledger.flush()
+        assert [row.trial for row in read_trials(path)] == list(range(6))
+        assert set(read_table(path, "epochs")["trial"].to_pylist()) <= set(kept)  # those of the lost rows went, too
+        assert {row["trial"] for row in read_table(path, "attempts").to_pylist()} == set(range(6))
 
 
 def test_a_suggestion_is_on_disk_when_it_is_handed_out(desk):

@@ -11,10 +11,11 @@ import pyarrow as pa
 import pytest
 from test_search_ledger import epoch_row, start_writer, trial_row
 
-from search.ledger import EPOCHS, TRIALS, Ledger
+from search.ledger import Ledger
 from search.results import list_studies, write_study_file
 from search.spec import StudySpec
 from search.sql import STUDIES, QueryFailed, query
+from search.tables import EPOCHS, TRIALS
 from vae.config import InputError
 
 VALUES = {"digits": [("relu", 90.5), ("silu", 88.25), ("relu", 89.0)], "faces": [("gelu", 300.0)]}

@@ -10,7 +10,7 @@ import pytest
 from test_search_ledger import trial_row
 
 from search.lease import Lease, LeaseHeld
-from search.ledger import Ledger, read_trials
+from search.ledger import Ledger
 from search.storage import (
     Location,
     RemotePath,
@@ -24,6 +24,7 @@ from search.storage import (
     restore_tree,
     write_atomically,
 )
+from search.tables import read_trials
 from search.writer import BackgroundWriter, Patience, Write
 from vae.config import InputError
 

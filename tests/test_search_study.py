@@ -28,10 +28,10 @@ import pytest
 import search.study
 from search.checkpoints import CheckpointStore
 from search.events import StudyEvents
-from search.ledger import EpochRow, TrialRow
 from search.results import Study
 from search.spec import StudySpec
 from search.study import StudyFailed, run_study
+from search.tables import EpochRow, TrialRow
 from vae.config import InputError
 from vae.data import Dataset, load_data
 from vae.training import Trainer

@@ -31,9 +31,9 @@ from test_system import (
     wait_until_gone,
 )
 
-from search.ledger import part_files
 from search.results import Study, open_study
 from search.storage import location
+from search.tables import part_files
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 
