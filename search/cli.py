@@ -3,8 +3,9 @@
 import os
 import shlex
 import sys
+import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -28,6 +29,14 @@ DEFAULT_STORAGE = "studies"
 Storage = Annotated[str, typer.Option(help="Folder or URL of the studies.", envvar="VAESEARCH_STORAGE")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Name = Annotated[str, typer.Argument(help="Name of the study.")]
+MovedData = Annotated[str | None, typer.Option("--data", help="The data, if they have moved.")]
+MovedDir = Annotated[str | None, typer.Option("--data-dir", help="Folder with the idx files, if it has moved.")]
+Concurrency = Annotated[str | None, typer.Option(help="Trials at once, or auto.")]
+Assignments = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other key: --set train.beta=0.5")
+]
+Extend = Annotated[int, typer.Option(help="More trials for a study that is complete.", min=0)]
+Address = Annotated[str | None, typer.Option(help="A Ray cluster to join.", envvar="RAY_ADDRESS")]
 
 
 def _print_version(asked: bool) -> None:
@@ -64,12 +73,10 @@ def run(
     goal: Annotated[str | None, typer.Option(help="best-model.")] = None,
     cpus_per_trial: Annotated[int | None, typer.Option(help="Cores of a trial.")] = None,
     gpus_per_trial: Annotated[float | None, typer.Option(help="GPUs of a trial: 0, a share, or a number.")] = None,
-    concurrency: Annotated[str | None, typer.Option(help="Trials at once, or auto.")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other key: --set train.beta=0.5")
-    ] = None,
-    extend: Annotated[int, typer.Option(help="More trials for a study that is complete.", min=0)] = 0,
-    address: Annotated[str | None, typer.Option(help="A Ray cluster to join.", envvar="RAY_ADDRESS")] = None,
+    concurrency: Concurrency = None,
+    set_: Assignments = None,
+    extend: Extend = 0,
+    address: Address = None,
     json: Json = False,
 ) -> None:
     """Start a study, or go on with it. Without arguments: the digits, in half a minute."""
@@ -95,14 +102,12 @@ def run(
 def resume(
     study: Name,
     storage: Storage = DEFAULT_STORAGE,
-    data: Annotated[str | None, typer.Option(help="The data, if they have moved.")] = None,
-    data_dir: Annotated[str | None, typer.Option(help="Folder with the idx files, if it has moved.")] = None,
-    concurrency: Annotated[str | None, typer.Option(help="Trials at once, or auto.")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="--set budget.max_retries=9 and the like")
-    ] = None,
-    extend: Annotated[int, typer.Option(help="More trials for a study that is complete.", min=0)] = 0,
-    address: Annotated[str | None, typer.Option(help="A Ray cluster to join.", envvar="RAY_ADDRESS")] = None,
+    data: MovedData = None,
+    data_dir: MovedDir = None,
+    concurrency: Concurrency = None,
+    set_: Assignments = None,
+    extend: Extend = 0,
+    address: Address = None,
     json: Json = False,
 ) -> None:
     """Go on with a study by its name: what `run` does with the study file in its folder."""
@@ -175,8 +180,8 @@ def export(
     storage: Storage = DEFAULT_STORAGE,
     top: Annotated[int, typer.Option(help="How many of the best.", min=1)] = 1,
     to: Annotated[Path, typer.Option(help="The folder to write.")] = Path("models"),
-    data: Annotated[str | None, typer.Option(help="The data, if they have moved.")] = None,
-    data_dir: Annotated[str | None, typer.Option(help="Folder with the idx files, if it has moved.")] = None,
+    data: MovedData = None,
+    data_dir: MovedDir = None,
     json: Json = False,
 ) -> None:
     """Write the best models into a folder, each checked after it was written."""
@@ -247,18 +252,23 @@ def main() -> None:
     try:
         app(args=arguments)
     except SystemExit as end:
-        if end.code in INTERRUPTED:  # all is written; storage that does not answer must not hold up the end
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(end.code)
-        raise
+        _leave(end.code if isinstance(end.code, int) else 0)
     except KeyboardInterrupt:
-        sys.exit(130)
+        _leave(130)
     except Exception as error:
         if len(arguments) < len(sys.argv) - 1:
             raise
         print(f"vaesearch: {error or type(error).__name__}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
+        _leave(2 if isinstance(error, InputError) else 1)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process; at once where a storage that does not answer would hold up the usual end."""
+    if code in INTERRUPTED or any(thread.name.startswith("vaesearch-") for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _folder(storage: str, study: str) -> "Location":

@@ -83,6 +83,11 @@ class TableWriter(Generic[Row]):
     def open_rows(self) -> list[Row]:
         return [row for part in self._parts for row in part.open.values()]
 
+    @property
+    def is_dirty(self) -> bool:
+        """True when there is something that `changed` would tell."""
+        return any(part.dirty for part in self._parts)
+
     def put(self, row: Row) -> None:
         """Add a row that may be replaced, or replace it."""
         part = self._home.setdefault(_key(row), self._growing())
@@ -137,7 +142,10 @@ def _encoded(table: pa.Table) -> pa.Buffer:
 
 @dataclass(frozen=True)
 class Contents:
-    """What is on disk of a study's tables, by part. `set_aside`: parts that could not be read."""
+    """What is on disk of a study's tables, by part. `set_aside`: parts that could not be read.
+
+    A `Ledger` that is opened on it drops from it what was left of trials that went with such a part.
+    """
 
     parts: Mapping[str, dict[int, pa.Table]]
     set_aside: list[Location]
@@ -248,14 +256,19 @@ class Ledger:
         if not self.writer.is_idle:
             return
         now = time.monotonic()
-        if now - self._trials_at >= TRIALS_FLUSH_EVERY_S:
-            self._flush()
+        if self._trials.is_dirty or self._attempts.is_dirty:
+            if now - self._trials_at >= TRIALS_FLUSH_EVERY_S:
+                self._flush()
         elif now - self._epochs_at >= EPOCHS_FLUSH_EVERY_S:
             self._flush_epochs()
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Write everything; False if that did not succeed in time."""
         return self.writer.wait(self._flush(), timeout_s)
+
+    def close(self) -> None:
+        """Write nothing more, also not what could not be written: another driver may go on from here."""
+        self.writer.close()
 
     def _flush(self) -> int:
         """Epochs go along: an ended trial has all of its."""

@@ -81,6 +81,10 @@ class RemotePath:
         with self._filesystem.open_input_stream(self._path) as stream:
             return stream.read()
 
+    def read_buffer(self) -> "pa.Buffer":
+        with self._filesystem.open_input_stream(self._path) as stream:
+            return stream.read_buffer()
+
     def read_text(self, encoding: str = "utf-8") -> str:
         return self.read_bytes().decode(encoding)
 
@@ -169,6 +173,17 @@ def credentials(storage: Location) -> dict[str, str]:
     if isinstance(storage, Path):
         return {}
     return {name: value for name, value in os.environ.items() if name.startswith(CREDENTIALS)}
+
+
+def read_buffer(path: Location) -> "pa.Buffer":
+    """The content of a file in Arrow's own memory: memory of Python's is freed by a thread of Arrow's that needs
+    Python for it, and where the process is about to end, that is an abort (pyarrow 26)."""
+    import pyarrow as pa
+
+    if isinstance(path, RemotePath):
+        return path.read_buffer()
+    with pa.OSFile(str(path)) as file:
+        return file.read_buffer()
 
 
 def write_atomically(path: Location, content: "bytes | pa.Buffer") -> None:

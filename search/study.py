@@ -167,6 +167,7 @@ def _search(
                 rounds.finish()
         finally:
             ledger.flush(LAST_FLUSH_S)
+            ledger.close()
     if searcher.gave_up:
         first = searcher.failures[0]
         raise StudyFailed(
@@ -311,7 +312,9 @@ def _held(lease: Lease, say: Callable[[str], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        release = threading.Thread(target=lease.release, daemon=True)  # which a dead storage must not hold up
+        release = threading.Thread(
+            target=lease.release, name="vaesearch-release", daemon=True
+        )  # which a dead storage must not hold up
         release.start()
         release.join(LAST_FLUSH_S)
 

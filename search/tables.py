@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from search.storage import Location
+from search.storage import Location, read_buffer
 
 SCHEMA_VERSION = "1"
 
@@ -212,9 +212,9 @@ class DamagedPart(ValueError):
 
 def read_part(path: Location, schema: pa.Schema) -> pa.Table:
     """The rows of one part, opened once: it may be replaced meanwhile. Raises DamagedPart."""
-    content = path.read_bytes()
+    content = read_buffer(path)
     try:
-        return pq.read_table(pa.BufferReader(content), schema=schema)
+        return pq.read_table(pa.BufferReader(content), schema=schema, use_threads=False)
     except (pa.ArrowException, OSError, ValueError) as error:  # the bytes are in memory: it is they
         raise DamagedPart(f"{path}: damaged: {' '.join(str(error).split())}") from None
 

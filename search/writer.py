@@ -14,6 +14,7 @@ import pyarrow as pa
 from search.storage import Location, StorageFailed, reason_of, write_atomically
 
 RETRY_EVERY_S = 1.0
+CLOSE_WAIT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +27,18 @@ class Write:
 
 
 class BackgroundWriter:
-    """Writes files in a thread of its own: of each file the newest content, lower ranks first, until it worked."""
+    """Writes files in a thread of its own: of each file the newest content, lower ranks first, until it worked.
+
+    To be closed by who is done with it.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._waiting: dict[Location, Write] = {}
         self._asked = self._done = 0  # calls of `put`
-        self._thread: threading.Thread | None = None  # there while something waits
+        self._thread: threading.Thread | None = None  # from the first `put` to `close`
         self._error: str | None = None
+        self._closed = False
         self._broken: Exception | None = None  # a fault of ours, not of the storage
         self._retry_every_s = RETRY_EVERY_S
 
@@ -60,6 +65,7 @@ class BackgroundWriter:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="vaesearch-writer", daemon=True)
                 self._thread.start()
+            self._changed.notify_all()
             return self._asked
 
     def wait(self, ticket: int | None = None, timeout_s: float | None = None) -> bool:
@@ -71,28 +77,36 @@ class BackgroundWriter:
                 raise self._broken
             return self._done >= asked
 
+    def close(self) -> None:
+        """Give up what waits. A file that is being written at this moment may still come to be."""
+        with self._changed:
+            self._closed, self._waiting = True, {}
+            self._changed.notify_all()
+            thread = self._thread
+        if thread is not None:
+            thread.join(CLOSE_WAIT_S)
+
     def _run(self) -> None:
         while True:
             with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+                if self._closed:
+                    return
                 batch = sorted(self._waiting.values(), key=lambda write: write.rank)
                 self._waiting = {}
                 asked = self._asked
-                if not batch:
-                    self._done, self._thread = asked, None
-                    self._changed.notify_all()
-                    return
             try:
-                while batch:
+                while batch and not self._closed:
                     write_atomically(batch[0].path, batch[0].encode())
                     del batch[0]
             except OSError as error:
                 with self._changed:
                     self._error = reason_of(error)
                     self._waiting = {write.path: write for write in batch} | self._waiting
-                time.sleep(self._retry_every_s)
+                    self._changed.wait_for(lambda: self._closed, self._retry_every_s)
             except Exception as error:
                 with self._changed:
-                    self._broken, self._thread = error, None
+                    self._broken = error
                     self._changed.notify_all()
                     return
             else:

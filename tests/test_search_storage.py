@@ -238,6 +238,19 @@ def test_what_cannot_be_written_is_tried_until_it_can_and_the_main_thread_waits_
     assert (tmp_path / "b").read_bytes() == b"first"
 
 
+def test_a_writer_that_was_closed_writes_nothing_more_also_when_the_storage_is_there_again(tmp_path):
+    """Another driver may have gone on meanwhile: what was old then would take its place."""
+    writer = BackgroundWriter()
+    writer._retry_every_s = 0.05
+    writer.put([write_of(tmp_path / "not yet" / "a", b"old")])
+    assert not writer.wait(timeout_s=0.1)
+    writer.close()
+    (tmp_path / "not yet").mkdir()
+    (tmp_path / "not yet" / "a").write_bytes(b"new")
+    time.sleep(0.3)
+    assert (tmp_path / "not yet" / "a").read_bytes() == b"new"
+
+
 def test_a_fault_that_is_not_the_storages_is_raised_to_who_waits(tmp_path):
     def broken() -> bytes:
         raise KeyError("a bug")
