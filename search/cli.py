@@ -23,7 +23,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-INTERRUPTED = (130, 143)
 DEFAULT_STORAGE = "studies"
 
 Storage = Annotated[str, typer.Option(help="Folder or URL of the studies.", envvar="VAESEARCH_STORAGE")]
@@ -264,7 +263,9 @@ def main() -> None:
 
 def _leave(code: int) -> NoReturn:
     """End the process; at once where a storage that does not answer would hold up the usual end."""
-    if code in INTERRUPTED or any(thread.name.startswith("vaesearch-") for thread in threading.enumerate()):
+    from search.interrupts import LEFT_BEHIND
+
+    if any(thread.name == LEFT_BEHIND for thread in threading.enumerate()):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

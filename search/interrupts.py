@@ -10,6 +10,9 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+LEFT_BEHIND = "vaesearch-left-behind"
+"""The name of threads that hang for good: a process that has one is ended without waiting for it."""
+
 
 class Interrupted(BaseException):
     """SIGINT or SIGTERM came, and everything is on disk."""
@@ -60,3 +63,10 @@ def interrupts_caught() -> Iterator[Interrupts]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def join_or_leave(thread: threading.Thread, timeout_s: float) -> None:
+    """Wait for a thread; one that hangs in a storage that does not answer is left behind, under a name that says so."""
+    thread.join(timeout_s)
+    if thread.is_alive():
+        thread.name = LEFT_BEHIND

@@ -20,7 +20,7 @@ from search.checkpoints import CheckpointStore
 from search.checks import check_batches, check_space, same_study
 from search.early_stopping import Asha
 from search.events import StudyEvents
-from search.interrupts import Interrupts, interrupts_caught
+from search.interrupts import Interrupts, interrupts_caught, join_or_leave
 from search.lease import Lease
 from search.ledger import Ledger, take_stock
 from search.results import CHECKPOINTS_FOLDER, STUDY_FILE, Study, write_study_file
@@ -316,7 +316,7 @@ def _held(lease: Lease, say: Callable[[str], None]) -> Iterator[None]:
             target=lease.release, name="vaesearch-release", daemon=True
         )  # which a dead storage must not hold up
         release.start()
-        release.join(LAST_FLUSH_S)
+        join_or_leave(release, LAST_FLUSH_S)
 
 
 @contextlib.contextmanager

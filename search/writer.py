@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from search.interrupts import join_or_leave
 from search.storage import Location, StorageFailed, reason_of, write_atomically
 
 RETRY_EVERY_S = 1.0
@@ -84,7 +85,7 @@ class BackgroundWriter:
             self._changed.notify_all()
             thread = self._thread
         if thread is not None:
-            thread.join(CLOSE_WAIT_S)
+            join_or_leave(thread, CLOSE_WAIT_S)
 
     def _run(self) -> None:
         while True:
