@@ -60,11 +60,13 @@ class CheckpointStore:
             write_atomically(self._path(trial, epoch), _sealed(state))
         except OSError as error:
             with self._lock:
-                self._unwritten[trial] = (epoch, state)
+                if self._unwritten_epoch(trial) <= epoch:  # a newer one may have come while this one was tried again
+                    self._unwritten[trial] = (epoch, state)
                 self.error = reason_of(error)
             return
         with self._lock:
-            self._unwritten.pop(trial, None)
+            if self._unwritten_epoch(trial) <= epoch:
+                self._unwritten.pop(trial, None)
             epochs = sorted({*self._epochs.get(trial, []), epoch})
             self._epochs[trial] = epochs[-KEPT:]
             if not self._unwritten:
@@ -94,7 +96,7 @@ class CheckpointStore:
         """Forget one state, which turned out to be of no use."""
         with self._lock:
             self._epochs[trial] = [known for known in self._epochs.get(trial, []) if known != epoch]
-            if self._unwritten.get(trial, (None,))[0] == epoch:
+            if self._unwritten_epoch(trial) == epoch:
                 del self._unwritten[trial]
         self._unlink(trial, [epoch])
 
@@ -118,6 +120,9 @@ class CheckpointStore:
             for path in self.folder.iterdir():
                 path.unlink()
             self.folder.rmdir()
+
+    def _unwritten_epoch(self, trial: int) -> int:
+        return self._unwritten[trial][0] if trial in self._unwritten else 0
 
     def _unlink(self, trial: int, epochs: list[int]) -> None:
         for epoch in epochs:

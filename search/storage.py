@@ -127,12 +127,8 @@ class RemotePath:
                 yield path
 
     def remove_tree(self) -> None:
-        from pyarrow.fs import FileType
-
-        if self._type() == "Directory":
-            self._filesystem.delete_dir(self._path)
-            # S3 has no folders: what remains is the empty object that stands for one
-            if self._filesystem.get_file_info(self._path).type == FileType.Directory:
+        for _ in range(2):  # S3 has no folders: what may remain of one is the empty object that stands for it
+            if self.is_dir():
                 self._filesystem.delete_dir(self._path)
 
     def _type(self) -> str:

@@ -139,7 +139,9 @@ def _search(
     ledger = Ledger(path, contents)
     ended = sum(row.state != "RUNNING" for row in rows)
     if ended >= spec.budget.trials:
-        if not ledger.flush(spec.storage.patience_s):
+        is_written = ledger.flush(spec.storage.patience_s)
+        ledger.close()
+        if not is_written:
             raise StorageFailed(path, str(ledger.error))
         return
     best = BestStates(spec.export.top, rows, CheckpointStore(path / CHECKPOINTS_FOLDER))
@@ -312,9 +314,8 @@ def _held(lease: Lease, say: Callable[[str], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        release = threading.Thread(
-            target=lease.release, name="vaesearch-release", daemon=True
-        )  # which a dead storage must not hold up
+        # In a thread, because a storage that does not answer must not hold up the end.
+        release = threading.Thread(target=lease.release, name="vaesearch-release", daemon=True)
         release.start()
         join_or_leave(release, LAST_FLUSH_S)
 

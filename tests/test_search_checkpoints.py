@@ -167,6 +167,21 @@ def test_a_state_that_the_disk_refuses_is_kept_and_written_when_there_is_room(tm
     assert CheckpointStore(tmp_path).newest(0).state == b"new" * 10_000
 
 
+def test_an_older_state_that_is_tried_again_does_not_take_the_place_of_a_newer_one(tmp_path):
+    store = CheckpointStore(tmp_path / "not yet" / "checkpoints")
+    (tmp_path / "not yet").write_bytes(b"")  # a file where the folder should be: nothing can be written
+    store.put(0, 9, b"nine")
+    store.put(0, 3, b"three")  # as a retry that was under way when the newer one came
+    assert store.error is not None
+    assert store.newest(0) == (9, b"nine", "")
+    (tmp_path / "not yet").unlink()
+    store.put(0, 3, b"three")
+    assert store.newest(0) == (9, b"nine", "")
+    store.retry()
+    assert store.error is None
+    assert CheckpointStore(store.folder).newest(0) == (9, b"nine", "")
+
+
 def test_the_server_tells_for_how_long_a_worker_was_not_heard(tmp_path):
     server = StoreServer(tmp_path)
     assert server.report().silent_s == {}
