@@ -17,12 +17,14 @@ class Asha:
     def __init__(self, rungs: list[int], reduction_factor: float) -> None:
         self._keep_percent = 100 / reduction_factor
         self._recorded: dict[int, dict[int, float]] = {rung: {} for rung in rungs}
-        self._stopped: set[int] = set()  # trials: a verdict stands, also where it was not yet carried out
+        self._stopped_at: dict[int, int] = {}  # trial -> rung: a verdict stands, also where it was not carried out
 
     def may_go_on(self, trial: int, epoch: int, value: float) -> bool:
         """Judge and record a trial at the highest rung it has reached; False if it should stop there."""
-        if trial in self._stopped or not math.isfinite(value):
+        if not math.isfinite(value):
             return False
+        if trial in self._stopped_at:
+            return epoch < self._stopped_at[trial]
         reached = [rung for rung in self._recorded if rung <= epoch]
         if not reached or trial in self._recorded[reached[-1]]:
             return True
@@ -30,5 +32,5 @@ class Asha:
         keep = not recorded or value <= float(np.percentile(list(recorded.values()), self._keep_percent))
         recorded[trial] = value
         if not keep:
-            self._stopped.add(trial)
+            self._stopped_at[trial] = reached[-1]
         return keep

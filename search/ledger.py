@@ -217,6 +217,11 @@ class Ledger:
         """Why the tables could not be written the last time; None if they could."""
         return self.writer.error
 
+    @property
+    def is_written(self) -> bool:
+        """True when all that is known of trials is on disk."""
+        return self.writer.is_idle and not self._trials.is_dirty
+
     def start_trial(self, row: TrialRow) -> bool:
         """Put a suggestion on disk; False if it is not there yet: ask again."""
         if row.trial not in self._starting:

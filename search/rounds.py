@@ -34,6 +34,7 @@ class Rounds:
         ledger: Ledger,
         lease: Lease,
         server: Any,
+        states: "BestStates",
         searcher: "StudySearcher",
         patience: Patience,
         interrupts: Interrupts,
@@ -41,7 +42,7 @@ class Rounds:
         import ray
 
         self.watchdog = Watchdog(spec.budget.stall_timeout_s, ray.kill)
-        self._ledger, self._lease, self._server, self._searcher = ledger, lease, server, searcher
+        self._ledger, self._lease, self._server, self._states, self._searcher = ledger, lease, server, states, searcher
         self._patience, self._interrupts = patience, interrupts
         self._report = StoreReport(None, {})
         self._asked: Any = None  # the reference of the next report
@@ -52,6 +53,8 @@ class Rounds:
         if self._lease.is_due:
             self._ledger.writer.put([self._lease.heartbeat()])
         self._ledger.tick()
+        if self._ledger.is_written:
+            self._states.drop_unneeded()
         if self._hear_of_the_store():
             self.watchdog.look(self._report.silent_s, self._searcher.stalled)
         self._patience.look([self._ledger.error, self._report.error])
@@ -102,11 +105,15 @@ def store_server(path: Location) -> Iterator[Any]:
 
 
 class BestStates(StudyEvents):
-    """Keeps the stored states of the best trials and of those under way, and drops the rest."""
+    """Keeps the stored states of the best trials and of those under way, and drops the rest.
+
+    Not before the ledger on disk says that a trial has ended: until then a crash would have it go on from there.
+    """
 
     def __init__(self, top: int, rows: list[TrialRow], store: CheckpointStore) -> None:
         self.server: Any = None
         self._top = top
+        self._unneeded: set[int] = set()  # trials
         self._kept = ranked(rows)[:top]
         needed = {row.trial for row in self._kept} | {row.trial for row in rows if row.state == "RUNNING"}
         for trial in store.trials():
@@ -116,5 +123,10 @@ class BestStates(StudyEvents):
     def trial_ended(self, row: TrialRow) -> None:
         candidates = {kept.trial for kept in self._kept} | {row.trial}
         self._kept = ranked([*self._kept, row])[: self._top]
-        for trial in candidates - {kept.trial for kept in self._kept}:
+        self._unneeded |= candidates - {kept.trial for kept in self._kept}
+
+    def drop_unneeded(self) -> None:
+        """To be called while all that the ledger knows of trials is on disk."""
+        for trial in self._unneeded:
             self.server.drop.remote(trial)  # not waited for
+        self._unneeded.clear()

@@ -29,16 +29,16 @@ def test_every_verdict_is_that_of_rays_asynchronous_hyperband(factor, stream):
     """Ray maximises, so it is given the negated value. An exact tie may differ by the rounding of the percentile."""
     bracket, rungs = bracket_of(factor)
     asha = Asha(rungs, factor)
-    stopped: set[int] = set()
+    stopped: dict[int, int] = {}
     for trial, epoch, value in stream:
         if trial in stopped:  # Ray's forgets whom it stopped
-            assert not asha.may_go_on(trial, epoch, value)
+            assert asha.may_go_on(trial, epoch, value) == (epoch < stopped[trial])
             continue
         cutoffs = [bracket.cutoff(recorded) for rung, recorded in bracket._rungs if epoch >= rung]
         ray_goes_on = bracket.on_result(SimpleNamespace(trial_id=trial), epoch, -value) == "CONTINUE"
         goes_on = asha.may_go_on(trial, epoch, value)
         if not goes_on:
-            stopped.add(trial)
+            stopped[trial] = max(rung for rung in rungs if rung <= epoch)
         if goes_on != ray_goes_on:
             assert -value == pytest.approx(cutoffs[0], rel=1e-9, abs=1e-9)
 
@@ -101,3 +101,17 @@ def test_a_verdict_stands_also_where_it_was_not_carried_out():
     assert not asha.may_go_on(1, 2, 5.0)
     assert not asha.may_go_on(1, 2, 5.0)
     assert not asha.may_go_on(1, 3, 0.0)
+
+
+def test_a_stopped_trial_that_begins_anew_is_stopped_where_it_was_and_not_before():
+    """Its states may be gone by the time a driver is killed: epoch 4 is on record, and so must be all up to it."""
+    asha = Asha([2, 4], 2)
+    assert asha.may_go_on(0, 2, 1.0)
+    assert asha.may_go_on(0, 4, 1.0)
+    assert asha.may_go_on(1, 2, 0.5)
+    assert not asha.may_go_on(1, 4, 2.0)
+    assert asha.may_go_on(1, 1, 3.0)
+    assert asha.may_go_on(1, 2, 0.5)
+    assert asha.may_go_on(1, 3, 3.0)
+    assert not asha.may_go_on(1, 4, 2.0)
+    assert not asha.may_go_on(1, 5, 0.1)

@@ -26,10 +26,11 @@ from test_search_study import (
 )
 
 import search.checks
-from search.checkpoints import CheckpointStore
+from search.checkpoints import CheckpointStore, StoreServer
 from search.checks import disk_budget_bytes
 from search.events import StudyEvents
 from search.results import Study, open_study
+from search.rounds import BestStates
 from search.sampler import frozen_trial, make_sampler, rebuild_study
 from search.space import Space
 from search.spec import StudySpec
@@ -286,6 +287,46 @@ def test_a_torn_part_of_the_trials_is_set_aside_and_what_it_held_is_made_again(c
     before = fingerprints(study.path)
     run_study(spec)
     assert fingerprints(study.path) == before
+
+
+def test_a_stopped_trial_whose_end_was_not_written_before_its_states_went_ends_again_where_it_did(copy, small_study):
+    """As a driver killed between the two leaves it: all epochs are there, and the trial begins anew."""
+    study, spec = copy
+    late = [row for row in small_study.rows() if row.state == "PRUNED" and row.epochs > spec.rungs()[0]]
+    table = study.trials().to_pylist()
+    for row in table:
+        if row["trial"] == late[0].trial:
+            row |= {"state": "RUNNING", "ended_at": None}
+    pq.write_table(pa.Table.from_pylist(table, study.trials().schema), study.path / "trials" / "part-00000.parquet")
+    study = run_study(spec)
+    assert_whole(study)
+    again = study.rows()[late[0].trial]
+    assert (again.state, again.epochs, again.val_nelbo) == ("PRUNED", late[0].epochs, late[0].val_nelbo)
+    assert study.epochs().num_rows == small_study.epochs().num_rows
+
+
+def test_states_stay_until_the_end_of_their_trial_is_written(small_study, tmp_path):
+    import ray
+
+    store = CheckpointStore(tmp_path)
+    for trial in range(3):
+        store.put(trial, 1, b"state")
+    best = BestStates(1, [], CheckpointStore(tmp_path / "none yet"))
+    best.server = ray.remote(StoreServer).options(num_cpus=0).remote(str(tmp_path))
+    leader = small_study.summary().best
+    assert leader is not None
+    for trial, value in enumerate((30.0, 20.0)):
+        best.trial_ended(replace(leader, trial=trial, val_nelbo=value, objective=value))
+    try:
+        ray.get(best.server.report.remote())
+        assert CheckpointStore(tmp_path).trials() == [0, 1, 2]
+        best.drop_unneeded()
+        deadline = time.monotonic() + 30
+        while CheckpointStore(tmp_path).trials() != [1, 2]:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        ray.kill(best.server)
 
 
 def test_a_torn_part_of_the_epochs_costs_curves_and_no_trial(copy, small_study):
