@@ -2,12 +2,12 @@
 
 from search.checkpoints import KEPT
 from search.results import Study
-from search.spec import StudySpec, largest, spec_diff
+from search.spec import Range, StudySpec, largest, spec_diff, values_of
 from search.storage import free_bytes
 from vae.config import InputError
 from vae.data import Dataset
 
-STATE_COPIES = 3  # weights, and the two moments of Adam, as float32
+STATE_COPIES = 4  # weights, their average, and the two moments of Adam, as float32
 STATE_OVERHEAD_BYTES = 64 * 2**10  # of a stored state: its epochs' figures and torch's own frame
 LEDGER_ROW_BYTES = 128  # of an epoch in Parquet, generously
 
@@ -15,6 +15,10 @@ LEDGER_ROW_BYTES = 128  # of an epoch in Parquet, generously
 def check_batches(spec: StudySpec, data: Dataset) -> None:
     is_searched = spec.space.batch_size is not None
     key = "space.batch_size" if is_searched else "train.batch_size"
+    sizes = values_of(spec.space.batch_size if is_searched else spec.train.batch_size)
+    smallest = min(size.low if isinstance(size, Range) else size for size in sizes)
+    if smallest < 2 and "batch" in (*values_of(spec.space.normalization), spec.model.normalization):
+        raise InputError(f"{key}: batch normalisation needs batches of at least 2 rows")
     if largest(spec.space.batch_size if is_searched else spec.train.batch_size) > len(data.train):
         raise InputError(
             f"{data.config.source}: {len(data.train)} rows to train on are fewer than a batch; "
@@ -22,9 +26,19 @@ def check_batches(spec: StudySpec, data: Dataset) -> None:
         )
 
 
-def disk_budget_bytes(spec: StudySpec, input_dim: int, concurrency: int) -> int:
+def check_model(spec: StudySpec, data: Dataset) -> None:
+    """Raises InputError if the data cannot be what the model takes."""
+    try:
+        spec.model_config_for({}, data.row_shape)
+    except ValueError as error:
+        raise InputError(f"{data.config.source}: {error}") from None
+
+
+def disk_budget_bytes(spec: StudySpec, row_shape: tuple[int, ...], concurrency: int) -> int:
     """What a study takes on its storage at the most: states of the trials under way and of the best, and the tables."""
-    weights = 4 * spec.largest_model(input_dim).num_weights
+    from vae.model import num_parameters  # torch
+
+    weights = 4 * max(map(num_parameters, spec.largest_models(row_shape)))
     state = STATE_COPIES * weights + STATE_OVERHEAD_BYTES
     states = KEPT * (concurrency + spec.export.top) + 1  # one more while it is being written
     models = 2 * spec.export.top * weights  # the new ones beside those of an earlier run
@@ -33,7 +47,7 @@ def disk_budget_bytes(spec: StudySpec, input_dim: int, concurrency: int) -> int:
 
 def check_space(spec: StudySpec, data: Dataset, concurrency: int) -> None:
     """Raises InputError if the study would not fit on its disk."""
-    needed, free = disk_budget_bytes(spec, data.input_dim, concurrency), free_bytes(spec.folder)
+    needed, free = disk_budget_bytes(spec, data.row_shape, concurrency), free_bytes(spec.folder)
     if free is not None and needed > free:
         raise InputError(
             f"{spec.folder.parent}: the study may take {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free; "

@@ -161,7 +161,7 @@ def show(
 
 @app.command()
 def query(
-    sql: Annotated[str, typer.Argument(help="One SELECT over studies, trials, epochs, attempts.")],
+    sql: Annotated[str, typer.Argument(help="One SELECT over studies, trials, epochs, diagnostics, layers, attempts.")],
     storage: Storage = DEFAULT_STORAGE,
     format: Annotated[str, typer.Option(help="table, json, csv or parquet.")] = "table",
     output: Annotated[Path | None, typer.Option("-o", "--output", help="A file instead of stdout.")] = None,
@@ -198,6 +198,48 @@ def export(
         _print_json([str(folder) for folder in folders])
     else:
         print("\n".join(map(str, folders)))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Folder of an exported model.")],
+    data: Annotated[str | None, typer.Option(help="Data to evaluate on.  [default: those it was made on]")] = None,
+    data_dir: MovedDir = None,
+    importance_samples: Annotated[int, typer.Option(help="Latents drawn for each row.")] = 5000,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    seed: Annotated[int, typer.Option(help="Seed of the latents' noise.")] = 0,
+    rows: Annotated[int | None, typer.Option(help="The first rows of the split alone.")] = None,
+    per_image: Annotated[bool, typer.Option("--per-image", help="Values of each row, into the file of -o.")] = False,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="A .parquet or .csv file.")] = None,
+    json: Json = False,
+) -> None:
+    """The likelihood of data under an exported model, by importance sampling."""
+    from search.output import plain, write_table
+
+    format = "" if output is None else output.suffix.lower().lstrip(".")
+    if per_image != (output is not None) or (per_image and format not in ("parquet", "csv")):
+        raise InputError("--per-image and -o FILE go together; the file ends in .parquet or .csv")
+    if output is not None and not output.parent.is_dir():
+        raise InputError(f"{output}: cannot be written: {output.parent} is no folder")
+
+    from search.evaluation import evaluate_model, evaluation_lines
+
+    evaluation = evaluate_model(
+        model,
+        data=data,
+        data_dir=data_dir,
+        split=split,
+        importance_samples=importance_samples,
+        seed=seed,
+        rows=rows,
+        say=lambda text: print(f"vaesearch: {text}", file=sys.stderr, flush=True),
+    )
+    if output is not None:
+        write_table(evaluation.per_image(), format, output)
+    if json:
+        _print_json(plain(evaluation.document()))
+    else:
+        print("\n".join(evaluation_lines(evaluation)))
 
 
 @app.command()

@@ -16,6 +16,10 @@ from search.tables import TrialRow
 from vae.data import SourceStatus
 
 LEADERS_SHOWN = 5
+ADVERSARIAL = (
+    "trained adversarially: ranked by the squared error of reconstructions; the bounds in nats are not what was "
+    "trained for and compare with no other study"
+)
 TEXT_COLUMNS = (
     "parameters",
     "activation",
@@ -30,6 +34,8 @@ def print_study(console: Console, study: Study) -> None:
     """Leaders, the best of each activation, what early stopping saved, and what to type next."""
     summary = study.summary()
     console.print(f"[bold]{summary.name}[/bold]: {_counts(summary)}")
+    if summary.train_objective != "elbo":
+        console.print(ADVERSARIAL, soft_wrap=True)
     if summary.best is None:
         console.print(_no_verdict(summary), soft_wrap=True)
     else:
@@ -81,7 +87,7 @@ def studies_table(studies: list[Study]) -> Table:
     for study in studies:
         summary, source = study.summary(), study.spec.data.source
         done = f"{summary.ended}/{summary.trials}"
-        best = summary.best
+        best = summary.best if summary.train_objective == "elbo" else None
         table.add_row(
             study.name, source, done, _nats(best.val_nelbo if best else None), params_text(best) if best else ""
         )
@@ -102,6 +108,8 @@ def _verdict(summary: Summary) -> str:
     best = summary.best
     assert best is not None
     assert best.val_nelbo is not None
+    if best.train_objective != "elbo":
+        return f"best reconstructions: [bold green]{best.ranks_by:.3f}[/] squared error per example, trial {best.trial}"
     against = ""
     if summary.no_latent_nelbo is not None:
         gain = summary.no_latent_nelbo - best.val_nelbo
@@ -123,6 +131,7 @@ def _leaders_table(summary: Summary) -> Table:
     figures = {
         "rank": lambda rank, row: str(rank),
         "trial": lambda rank, row: str(row.trial),
+        "error": lambda rank, row: _nats(row.ranks_by),
         "nelbo": lambda rank, row: _nats(row.val_nelbo),
         "recon": lambda rank, row: _nats(row.val_recon),
         "kl": lambda rank, row: _nats(row.val_kl),
@@ -131,6 +140,8 @@ def _leaders_table(summary: Summary) -> Table:
         "lr": lambda rank, row: f"{row.learning_rate:.1e}",
         "dropout": lambda rank, row: f"{row.dropout:.2f}",
     }
+    if summary.train_objective == "elbo":
+        del figures["error"]
     if len({tuple(row.hidden_dims) for row in leaders}) > 1:
         figures["hidden"] = lambda rank, row: hidden_text(row)
     if len({row.batch_size for row in leaders}) > 1:
@@ -150,7 +161,7 @@ def _activations_table(summary: Summary) -> Table:
             table.add_row(entry.activation, *figures, "", "", "")
         else:
             table.add_row(
-                entry.activation, *figures, _nats(best.val_nelbo), str(best.trial), f"{best.learning_rate:.1e}"
+                entry.activation, *figures, _nats(best.ranks_by), str(best.trial), f"{best.learning_rate:.1e}"
             )
     return table
 

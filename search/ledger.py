@@ -10,7 +10,7 @@ import functools
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Generic
+from typing import Any, Generic
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,7 +22,9 @@ from search.tables import (
     SCHEMAS,
     AttemptRow,
     DamagedPart,
+    DiagnosticsRow,
     EpochRow,
+    LayerRow,
     Row,
     TrialRow,
     joined,
@@ -74,7 +76,7 @@ class TableWriter(Generic[Row]):
             rows = to_rows(table.filter(may_change), ROW_TYPES[self.table])
             if rows or number == max(parts):
                 settled = table.filter(pc.invert(may_change))
-                resumed.append(_Part(number, settled, open={_key(row): row for row in rows}))
+                resumed.append(_Part(number, settled, open={row.key: row for row in rows}))
         if resumed:
             self._parts = resumed
         self._home = {key: part for part in self._parts for key in part.open}
@@ -90,14 +92,14 @@ class TableWriter(Generic[Row]):
 
     def put(self, row: Row) -> None:
         """Add a row that may be replaced, or replace it."""
-        part = self._home.setdefault(_key(row), self._growing())
-        part.open[_key(row)] = row
+        part = self._home.setdefault(row.key, self._growing())
+        part.open[row.key] = row
         part.dirty = True
 
     def settle(self, row: Row) -> None:
         """Add or replace a row for good."""
-        part = self._home.pop(_key(row), None) or self._growing()
-        part.open.pop(_key(row), None)
+        part = self._home.pop(row.key, None) or self._growing()
+        part.open.pop(row.key, None)
         part.pending.append(row)
         part.dirty = True
 
@@ -126,12 +128,6 @@ class TableWriter(Generic[Row]):
 def _write_of(folder: Location, number: int, table: pa.Table) -> Write:
     rank = list(SCHEMAS).index(folder.name)
     return Write(folder / f"part-{number:05d}.parquet", rank, functools.partial(_encoded, table))
-
-
-def _key(row: TrialRow | EpochRow | AttemptRow) -> Hashable:
-    if isinstance(row, AttemptRow):
-        return row.trial, row.attempt
-    return (row.trial, row.epoch) if isinstance(row, EpochRow) else row.trial
 
 
 def _encoded(table: pa.Table) -> pa.Buffer:
@@ -182,8 +178,12 @@ class Ledger:
         self.writer = BackgroundWriter()
         self._trials = TableWriter[TrialRow](study_path, "trials")
         self._epochs = TableWriter[EpochRow](study_path, "epochs")
+        self._diagnostics = TableWriter[DiagnosticsRow](study_path, "diagnostics")
+        self._layers = TableWriter[LayerRow](study_path, "layers")
         self._attempts = TableWriter[AttemptRow](study_path, "attempts")
-        self._seen: dict[int, set[int]] = {}  # trial -> the epochs that are there, of the unfinished trials
+        self._settled = (self._epochs, self._diagnostics, self._layers)  # whose rows are never replaced
+        # of the unfinished trials: table -> trial -> the epochs that are there
+        self._seen: dict[str, dict[int, set[int]]] = {writer.table: {} for writer in self._settled}
         self._starting: dict[int, int] = {}  # trial -> the writer's ticket of its suggestion
         self._trials_at = self._epochs_at = 0.0  # time.monotonic() of the last write
         self._resume(take_stock(study_path) if contents is None else contents)
@@ -191,20 +191,22 @@ class Ledger:
     def _resume(self, contents: Contents) -> None:
         self._drop_orphans(contents)
         self._trials.resume(contents.parts["trials"], lambda table: pc.equal(table["state"], "RUNNING"))
-        self._epochs.resume(contents.parts["epochs"], lambda table: pc.is_null(table["trial"]))  # none
+        for writer in self._settled:
+            writer.resume(contents.parts[writer.table], lambda table: pc.is_null(table["trial"]))  # none
         self._attempts.resume(contents.parts["attempts"], lambda table: pc.is_null(table["outcome"]))
         for attempt in self._attempts.open_rows:
             self._attempts.settle(replace(attempt, outcome="interrupted"))
         unfinished = pa.array([row.trial for row in self._trials.open_rows], pa.int32())
-        for table in contents.parts["epochs"].values():
-            theirs = table.filter(pc.is_in(table["trial"], unfinished))
-            for trial, epoch in zip(theirs["trial"].to_pylist(), theirs["epoch"].to_pylist(), strict=True):
-                self._seen.setdefault(trial, set()).add(epoch)
+        for name, seen in self._seen.items():
+            for table in contents.parts[name].values():
+                theirs = table.filter(pc.is_in(table["trial"], unfinished))
+                for trial, epoch in zip(theirs["trial"].to_pylist(), theirs["epoch"].to_pylist(), strict=True):
+                    seen.setdefault(trial, set()).add(epoch)
 
     def _drop_orphans(self, contents: Contents) -> None:
         """Remove what is left of trials that went with a damaged part: their numbers will be tried anew."""
         known = joined("trials", contents.parts["trials"])["trial"].combine_chunks()
-        for writer in (self._epochs, self._attempts):
+        for writer in (*self._settled, self._attempts):
             parts = contents.parts[writer.table]
             for number, table in parts.items():
                 is_known = pc.is_in(table["trial"], known)
@@ -245,16 +247,27 @@ class Ledger:
 
     def add_epochs(self, rows: Iterable[EpochRow]) -> list[EpochRow]:
         """Add the rows that are not there yet: a trial that went on from a rung reports some epochs again."""
-        new = [row for row in rows if row.epoch not in self._seen.get(row.trial, ())]
+        return self._add(self._epochs, rows)
+
+    def add_diagnostics(self, rows: Iterable[DiagnosticsRow], layers: Iterable[LayerRow]) -> None:
+        """Add the rows of epochs that are not there yet."""
+        self._add(self._diagnostics, rows)
+        self._add(self._layers, layers)
+
+    def _add(self, writer: TableWriter[Any], rows: Iterable[Any]) -> list[Any]:
+        seen = self._seen[writer.table]
+        new = [row for row in rows if row.epoch not in seen.get(row.trial, ())]
         for row in new:
-            self._epochs.settle(row)
-            self._seen.setdefault(row.trial, set()).add(row.epoch)
+            writer.settle(row)
+        for row in new:
+            seen.setdefault(row.trial, set()).add(row.epoch)
         return new
 
     def end_trial(self, row: TrialRow) -> None:
         """Record what became of a trial; on disk by the next `tick`, at most half a second later."""
         self._trials.settle(row)
-        self._seen.pop(row.trial, None)
+        for seen in self._seen.values():
+            seen.pop(row.trial, None)
 
     def tick(self) -> None:
         """Called often: has written what has waited long enough, as soon as the last writing is done."""
@@ -283,7 +296,7 @@ class Ledger:
         return self._flush_epochs(others)
 
     def _flush_epochs(self, others: Iterable[Write] = ()) -> int:
-        epochs = self._epochs.changed()
+        epochs = [write for writer in self._settled for write in writer.changed()]
         if epochs:
             self._epochs_at = time.monotonic()
         return self.writer.put([*epochs, *others])

@@ -13,6 +13,7 @@ from search.events import StudyEvents
 from search.results import ranked
 from search.spec import StudySpec
 from search.tables import AttemptRow, EpochRow, TrialRow
+from vae.config import OWN_PARAMETERS
 
 REFRESH_PER_S = 4
 STATE_STYLE = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red"}
@@ -82,7 +83,7 @@ class Progress(StudyEvents):
         self._ended += 1
         self._best = next(iter(ranked([row, *([self._best] if self._best else [])])), None)
         if self._live is None:
-            best = f"; best {self._best.val_nelbo:.3f} (trial {self._best.trial})" if self._best else ""
+            best = f"; best {self._best.ranks_by:.3f} (trial {self._best.trial})" if self._best else ""
             self.say(f"[{self._ended}/{self._trials}] {trial_line(row, self._with_shape)}{best}")
 
     def _seconds_left(self) -> float | None:
@@ -104,7 +105,7 @@ class Progress(StudyEvents):
         if self._best is None:
             best.append("none has trained to its last epoch yet", style="dim")
         else:
-            best.append(f"{self._best.val_nelbo:.3f} nats", style="bold green")
+            best.append(f"{self._best.ranks_by:.3f} {unit_of(self._best)}", style="bold green")
             best.append(f"  trial {self._best.trial}: {params_text(self._best, self._with_shape)}")
         running = Table.grid(padding=(0, 2))
         for row in sorted(self._running.values(), key=lambda row: row.trial):
@@ -116,6 +117,11 @@ class Progress(StudyEvents):
                 Text(params_text(row, self._with_shape), style="dim"),
             )
         return Group(head, best, running)
+
+
+def unit_of(row: TrialRow) -> str:
+    """Of what trials are ranked by."""
+    return "nats" if row.train_objective == "elbo" else "squared error"
 
 
 def trial_line(row: TrialRow, with_shape: bool = False) -> str:
@@ -138,7 +144,10 @@ def shapes_differ(rows: list[TrialRow]) -> bool:
 
 
 def activation_text(row: TrialRow) -> str:
-    return row.activation if row.leaky_relu_slope is None else f"{row.activation}({row.leaky_relu_slope:.2g})"
+    """With the parameters of its own that were searched or set."""
+    own = [getattr(row, name) for name in OWN_PARAMETERS]
+    values = ", ".join(f"{value:.2g}" for value in own if value is not None)
+    return f"{row.activations}({values})" if values else row.activations
 
 
 def hidden_text(row: TrialRow) -> str:

@@ -17,11 +17,11 @@ from search.results import CHECKPOINTS_FOLDER, MODEL_FILE, MODELS_FOLDER, Study,
 from search.storage import Location, fetch_tree, replace_tree, restore_tree
 from search.tables import TrialRow
 from vae import export
+from vae.adversarial import make_trainer
 from vae.config import InputError
 from vae.data import Dataset
 from vae.model import VAE
 from vae.objective import evaluate, fixed_noise
-from vae.training import Trainer
 
 TOLERANCE_NATS = 1e-4
 """How far the value of a model read back may lie from the one in the ledger."""
@@ -93,15 +93,15 @@ def _weights(study: Study, row: TrialRow, data: Dataset) -> VAE:
     if stored.state is None and row.trial in _exported(study):
         with tempfile.TemporaryDirectory(prefix="vaesearch-") as scratch:
             return export.load(fetch_tree(_exported(study)[row.trial], Path(scratch) / "model"))
-    config = study.spec.model_config_for(row.params, data.input_dim)
+    config = study.spec.model_config_for(row.params, data.row_shape)
     config = replace(config, hidden_dims=tuple(row.hidden_dims))
-    trainer = Trainer(config, study.spec.train_config_for(row.params), data, seed=row.seed)
+    trainer = make_trainer(config, study.spec.train_config_for(row.params), data, seed=row.seed)
     if stored.state is not None:
         state = torch.load(io.BytesIO(stored.state), weights_only=True, map_location="cpu")
         trainer.load_state_dict(state["trainer"])
     for _ in trainer:
         pass
-    return trainer.model.eval()
+    return trainer.result.eval()
 
 
 def _store(study: Study) -> CheckpointStore:
@@ -131,8 +131,8 @@ def _config(study: Study, row: TrialRow, data: Dataset) -> dict[str, Any]:
             "rows": {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)},
             "image_shape": data.image_shape,
             "columns": data.columns,
-            "scale_min": None if data.scale_min is None else data.scale_min.tolist(),
-            "scale_max": None if data.scale_max is None else data.scale_max.tolist(),
+            "shift": None if data.shift is None else data.shift.tolist(),
+            "factor": None if data.factor is None else data.factor.tolist(),
         },
         "versions": {name: version(name) for name in ("vaesearch", "torch", "numpy")},
     }

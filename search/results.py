@@ -42,6 +42,7 @@ class Summary:
     statuses: Mapping[str, int]
     leaders: list[TrialRow]
     activations: list[ActivationSummary]  # best first
+    train_objective: str  # vae_gan: the values rank with no other study's
     no_latent_nelbo: float | None
     stopped: int  # early, and healthy
     lowest: float | None  # validation value of any trial, whatever became of it
@@ -95,6 +96,14 @@ class Study:
         """One row a trial and epoch; columns as in `search.tables.EpochRow`."""
         return read_table(self.path, "epochs")
 
+    def diagnostics(self) -> pa.Table:
+        """One row a trial and rung: what its model was like; columns as in `search.tables.DiagnosticsRow`."""
+        return read_table(self.path, "diagnostics")
+
+    def layers(self) -> pa.Table:
+        """One row a trial, rung and hidden layer; columns as in `search.tables.LayerRow`."""
+        return read_table(self.path, "layers")
+
     def attempts(self) -> pa.Table:
         """One row a start of a trial in a worker; columns as in `search.tables.AttemptRow`."""
         return read_table(self.path, "attempts")
@@ -116,7 +125,7 @@ def summarise(name: str, trials: int, rows: list[TrialRow]) -> Summary:
     of_activation: dict[str, list[TrialRow]] = {}
     leading = {row.trial for row in leaders}
     for row in [*leaders, *(row for row in rows if row.trial not in leading)]:
-        of_activation.setdefault(row.activation, []).append(row)
+        of_activation.setdefault(row.activations, []).append(row)
     baselines = [row.no_latent_nelbo for row in rows if row.no_latent_nelbo is not None]
     stopped = [row for row in rows if row.state == "PRUNED" and row.status == "ok"]
     return Summary(
@@ -126,6 +135,7 @@ def summarise(name: str, trials: int, rows: list[TrialRow]) -> Summary:
         statuses=dict(Counter(row.status for row in rows if row.status is not None)),
         leaders=leaders,
         activations=[_summarise_activation(name, its_rows) for name, its_rows in of_activation.items()],
+        train_objective=rows[0].train_objective if rows else "elbo",
         no_latent_nelbo=baselines[0] if baselines else None,
         stopped=len(stopped),
         lowest=min((row.val_nelbo for row in rows if row.val_nelbo is not None), default=None),
@@ -149,9 +159,9 @@ def _summarise_activation(activation: str, rows: list[TrialRow]) -> ActivationSu
 
 
 def ranked(rows: list[TrialRow]) -> list[TrialRow]:
-    """The trials that may be called best: healthy, with the full budget; lowest validation value first."""
+    """The trials that may be called best: healthy, with the full budget; lowest objective first."""
     full = [r for r in rows if r.state == "COMPLETE" and r.status == "ok" and r.val_nelbo is not None]
-    return sorted(full, key=lambda row: (row.val_nelbo, row.trial))
+    return sorted(full, key=lambda row: (row.ranks_by, row.trial))
 
 
 def open_study(path: str | Location) -> Study:

@@ -17,7 +17,7 @@ history alone.
 import dataclasses
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -31,12 +31,13 @@ from search.events import StudyEvents
 from search.ledger import Ledger
 from search.space import Space
 from search.spec import Params, StudySpec
-from search.tables import AttemptRow, EpochRow, TrialRow
+from search.tables import PARAMS, AttemptRow, DiagnosticsRow, EpochRow, LayerRow, TrialRow
+from vae.config import OWN_PARAMETERS
 
 CONSTRAINTS = ("collapsed", "diverged", "oom")
 """Statuses the sampler learns to avoid; each is an Optuna constraint, violated at 1."""
 
-PENALTY_NATS = 1.0
+PENALTY = 1.0
 """A trial that diverged is told as this much worse than a model that ignores its latents."""
 
 Curve = Mapping[int, float]
@@ -51,6 +52,8 @@ class _Live:
     params: Params
     row: TrialRow
     attempt: AttemptRow
+    told: float | None = None  # of its last epoch
+    no_latent_objective: float | None = None
     is_stalled: bool = False  # its worker is being taken away because nothing moved
 
 
@@ -167,19 +170,18 @@ class StudySearcher(Searcher):
         return live
 
     def _new_row(self, number: int, params: Params) -> TrialRow:
-        model = self.spec.model_config_for(params, input_dim=1)
+        model = self.spec.model_config_for(params, row_shape=(1, 1))
         train = self.spec.train_config_for(params)
+        values = asdict(model) | asdict(train)
+        own = ("decoder_activation", *OWN_PARAMETERS)  # null where they do not apply
+        chosen: Params = {name: params.get(name) if name in own else values[name] for name in PARAMS}
         return TrialRow(
             study=self.spec.name,
             trial=number,
             state="RUNNING",
-            activation=model.activation,
-            leaky_relu_slope=params.get("leaky_relu_slope"),
-            dropout=model.dropout,
-            learning_rate=train.learning_rate,
-            latent_dim=model.latent_dim,
+            **chosen,
             hidden_dims=list(model.hidden_dims),
-            batch_size=train.batch_size,
+            train_objective=train.objective,
             seed=trial_seed(self.spec.seed, number),
             max_epochs=train.max_epochs,
             suggested_at=_now(),
@@ -188,14 +190,19 @@ class StudySearcher(Searcher):
     def _take(self, live: _Live, result: dict[str, Any]) -> None:
         """Write a result's epochs and tell Optuna of them."""
         now, row, trial = _now(), live.row, live.trial
-        new = self.ledger.add_epochs(
+        rows = [
             EpochRow(study=row.study, trial=row.trial, attempt=live.attempt.attempt, reported_at=now, **epoch)
             for epoch in result["epochs"]
-        )
+        ]
+        new = self.ledger.add_epochs(rows)
+        self.ledger.add_diagnostics(*probe_rows(row, result["probes"]))
         told = trial.storage.get_trial(trial._trial_id).intermediate_values
-        for epoch in result["epochs"]:
-            if epoch["epoch"] not in told:
-                trial.report(epoch["val_nelbo"], epoch["epoch"])
+        for epoch in rows:
+            if epoch.epoch not in told:
+                trial.report(epoch.told, epoch.epoch)
+        if rows:
+            live.told = rows[-1].told
+        live.no_latent_objective = result["no_latent_objective"]
         live.row = updated_row(row, result)
         self._update_attempt(live, result)
         for listener in self.events:
@@ -231,10 +238,10 @@ class StudySearcher(Searcher):
         trial, row = live.trial, live.row
         state, status, reason = outcome
         objective: float | None
-        if status in ("diverged", "oom") and row.no_latent_nelbo is not None:
-            objective = row.no_latent_nelbo + PENALTY_NATS
+        if status in ("diverged", "oom") and live.no_latent_objective is not None:
+            objective = live.no_latent_objective + PENALTY
         else:
-            objective = row.val_nelbo if state == "COMPLETE" else None
+            objective = live.told if state == "COMPLETE" else None
         row = dataclasses.replace(row, state=state, status=status, reason=reason, objective=objective, ended_at=_now())
         self.ledger.end_trial(row)
         for name, violation in constraints_of(row).items():
@@ -267,12 +274,26 @@ def updated_row(row: TrialRow, result: Mapping[str, Any]) -> TrialRow:
         "host": result.get("hostname"),
         "pid": result.get("pid"),
         "train_wall_s": result["train_wall_s"],
+        "step": result["step"],
+        "layer": result["layer"],
     }
     if result["epochs"]:
         last = result["epochs"][-1]
         same = ("val_nelbo", "val_recon", "val_kl", "active_units", "train_nelbo", "samples_per_s")
         known |= {name: last[name] for name in same} | {"epochs": last["epoch"]}
     return dataclasses.replace(row, **known)
+
+
+def probe_rows(row: TrialRow, probes: list[dict[str, Any]]) -> tuple[list[DiagnosticsRow], list[LayerRow]]:
+    """What `vae.training.Probed` has, as rows of the tables."""
+    of_models, of_layers = [], []
+    for probe in probes:
+        where = {"study": row.study, "trial": row.trial, "epoch": probe["epoch"]}
+        figures = dict(probe["diagnostics"])
+        of_layers += [LayerRow(**where, **layer) for layer in figures.pop("layers")]
+        own = {name: probe[name] for name in ("generalization_gap", "precision_effect")}
+        of_models.append(DiagnosticsRow(**where, **figures, **own))
+    return of_models, of_layers
 
 
 def constraints_of(row: TrialRow) -> dict[str, float]:
@@ -317,8 +338,8 @@ def frozen_trial(space: Space, row: TrialRow, curve: Curve) -> FrozenTrial:
     if row.state == "RUNNING":
         return _waiting(params)
     values = dict(curve)
-    if row.epochs and row.val_nelbo is not None:
-        values.setdefault(row.epochs, row.val_nelbo)  # where the epochs went with a damaged part
+    if row.epochs and row.ranks_by is not None and row.status not in ("diverged", "oom"):
+        values.setdefault(row.epochs, row.ranks_by)  # where the epochs went with a damaged part
     if row.status in ("diverged", "oom") and row.objective is not None:
         values[row.epochs + 1] = row.objective
     pruned_at = values[max(values)] if values else None

@@ -11,25 +11,23 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from search.spec import Entry, Params, Range, SpaceSpec
-from vae.config import ModelConfig, TrainConfig
+from search.spec import Entry, Params, Range, SpaceSpec, values_of
+from vae.config import OWN_PARAMETERS, ModelConfig, TrainConfig
 
-CONDITIONAL = {"leaky_relu_slope": "leaky_relu"}
-"""Parameter -> the one activation under which it exists."""
-
-INTEGERS = ("latent_dim", "hidden_width", "hidden_layers", "batch_size")
+INTEGERS = ("latent_dim", "hidden_width", "hidden_layers", "batch_size", "avg_pool_window", "apl_hinges")
 
 
 class Space:
     """What there is to choose (`distributions`) and what is fixed (`constants`)."""
 
     def __init__(self, spec: SpaceSpec) -> None:
-        activations = spec.activation if isinstance(spec.activation, tuple) else (spec.activation,)
+        activations = {*values_of(spec.activation), *values_of(spec.decoder_activation)}
+        self.spec = spec
         self.constants: Params = {}
         self.distributions: dict[str, BaseDistribution] = {}
         for name in type(spec).model_fields:  # activation comes first: the others may hang on it
             entry = getattr(spec, name)
-            if entry is None or CONDITIONAL.get(name, activations[0]) not in activations:
+            if entry is None or (name in OWN_PARAMETERS and activations.isdisjoint(OWN_PARAMETERS[name])):
                 continue
             if isinstance(entry, tuple) and len(entry) == 1:
                 entry = entry[0]
@@ -47,13 +45,19 @@ class Space:
         """The first trial: the defaults of `vae.config`, or what is nearest to them in the space."""
         defaults = {field.name: field.default for config in (ModelConfig, TrainConfig) for field in fields(config)}
         chosen = {name: dist for name, dist in self.distributions.items() if name in defaults}
-        return {name: _nearest(defaults[name], dist) for name, dist in chosen.items() if name not in CONDITIONAL}
+        nearest: Params = {}
+        for name, dist in chosen.items():
+            if name == "decoder_activation":
+                nearest[name] = _nearest(defaults["activation"], dist)
+            elif name not in OWN_PARAMETERS:
+                nearest[name] = _nearest(defaults[name], dist)
+        return nearest
 
     def suggest(self, trial: optuna.Trial) -> Params:
         """One draw: the sampler's choices and the constants, conditional parameters only where they apply."""
         params: Params = {}
         for name in SpaceSpec.model_fields:
-            if name in CONDITIONAL and params["activation"] != CONDITIONAL[name]:
+            if not self.spec.applies(name, params):
                 continue
             if name in self.constants:
                 params[name] = self.constants[name]

@@ -1,10 +1,11 @@
 """The study file: what is searched, on which data, with which budget. Checked here, once; light to import."""
 
+import contextlib
 import difflib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -14,19 +15,33 @@ from pydantic import model_validator as pydantic_model_validator
 from search.storage import Location, location
 from search.study_file import explain, read_study_file, set_dotted
 from vae.config import (
+    OWN_PARAMETERS,
+    SUPPORTS,
     ActivationName,
+    ActivationScope,
+    Attention,
     Binarize,
+    Body,
     DataConfig,
+    GaussianScale,
     InputError,
+    KlSchedule,
     LikelihoodName,
     LrSchedule,
     ModelConfig,
+    Normalization,
+    Precision,
     Scale,
     TrainConfig,
+    TrainObjective,
 )
 
 Params = dict[str, Any]
 """One draw from the space: parameter name -> value, conditional parameters only where they apply."""
+
+MODEL_FIELDS = {field.name for field in fields(ModelConfig)}
+TRAIN_FIELDS = {field.name for field in fields(TrainConfig)}
+SIZES = ("latent_dim", "hidden_width", "hidden_layers")
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -114,16 +129,21 @@ def _parse_list(values: list) -> tuple:
     return tuple(values)
 
 
-def _parse_activation(value: object) -> Entry:
+def _choice_entry(what: str, literal: Any) -> Any:
+    """The type of a space entry whose values are those of a Literal."""
+
     def check(name: object) -> str:
-        known = get_args(ActivationName)
+        known = get_args(literal)
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-            raise ValueError(f"unknown activation {name!r}; {hint}")
+            raise ValueError(f"unknown {what} {name!r}; {hint}")
         return str(name)
 
-    return _parse_list([check(v) for v in value]) if isinstance(value, list | tuple) else check(value)
+    def parse(value: object) -> Entry:
+        return _parse_list([check(v) for v in value]) if isinstance(value, list | tuple) else check(value)
+
+    return Annotated[Entry, PlainValidator(parse), PlainSerializer(_dump_entry)]
 
 
 def _parse_concurrency(value: object) -> int | Literal["auto"]:
@@ -152,41 +172,79 @@ class DataSpec(_Section):
     key: str | None = Field(None, description="which array of a .npz file")
     columns: tuple[str, ...] | None = Field(None, description="which columns of a .csv or .parquet file")
     image_shape: tuple[int, ...] | None = Field(None, description="[height, width] of flat rows that are images")
-    scale: Scale = Field("auto", description="auto (8-bit integers / 255, floats as they are) | none | minmax")
+    scale: Scale = Field(
+        "auto",
+        description="auto (8-bit integers / 255, floats as they are; gaussian: columns standardised) | none | minmax "
+        "| standard",
+    )
     binarize: Binarize = Field(
-        "dynamic", description="none | threshold (at 0.5) | static (drawn once) | dynamic (drawn every batch)"
+        "dynamic",
+        description="none | threshold (at 0.5) | static (drawn once) | dynamic (drawn every batch); "
+        "unset: none, where the likelihood is not bernoulli",
     )
     validation_fraction: float = Field(0.1, gt=0, lt=1, description="share of the rows the search is judged on")
     test_fraction: float = Field(0.1, gt=0, lt=1, description="share kept aside; unused by mnist, which has its own")
 
 
 class ModelSpec(_Section):
+    body: Body = Field("mlp", description="mlp | conv (images; convolutions, then the layers of hidden_dims)")
     hidden_dims: tuple[Annotated[int, Field(ge=1, le=2**53)], ...] = Field(
         (128, 128), description="widths of the encoder's hidden layers; the decoder mirrors them"
     )
-    likelihood: LikelihoodName = Field("bernoulli", description="p(x|z)")
-    avg_pool_window: int = Field(3, ge=1, description="features, odd; only for activation = avg_pool")
-    activation_dropout: float = Field(0.2, ge=0, lt=1, description="rate; only for activation = dropout")
+    channels: tuple[Annotated[int, Field(ge=1, le=65536)], ...] = Field(
+        (32, 64), description="of the convolutions of body = conv"
+    )
+    strides: tuple[Annotated[int, Field(ge=1, le=64)], ...] | None = Field(
+        None, description="one for each of the channels; unset: 2 each"
+    )
+    attention: Attention = Field("none", description="none | squeeze_excitation | self_attention; body = conv")
+    normalization: Normalization = Field("none", description="none | layer | batch | group (body = conv)")
+    activation_scope: ActivationScope = Field(
+        "shared", description="shared | separate (the decoder has an activation of its own, searched too)"
+    )
+    likelihood: LikelihoodName = Field(
+        "bernoulli", description="bernoulli | continuous_bernoulli | gaussian | poisson | negative_binomial"
+    )
+    gaussian_scale: GaussianScale = Field("shared", description="shared | per_dimension: the learned sigma")
 
 
 class TrainSpec(_Section):
+    objective: TrainObjective = Field("elbo", description="elbo | vae_gan (adversarial; kept out of rankings by nats)")
     batch_size: int = Field(64, ge=1, description="rows")
     lr_schedule: LrSchedule = Field("cosine", description="constant | cosine | warmup_cosine, over max_epochs")
     beta: float = Field(1.0, ge=0, description="weight of the KL term; results are always at 1")
     kl_warmup_epochs: int = Field(
         5, ge=0, description="epochs over which the KL weight rises to beta; unset: at most max_epochs / 6"
     )
+    kl_schedule: KlSchedule = Field("linear", description="linear | cyclical (the warm-up comes again)")
+    kl_cycles: int = Field(4, ge=1, description="of kl_schedule = cyclical, over max_epochs")
+    free_bits: float = Field(0.0, ge=0, description="nats of each latent dimension that cost nothing in training")
     weight_decay: float = Field(0.0, ge=0, description="decoupled, per step; never on biases and learned slopes")
     clip_grad_norm: float = Field(100.0, gt=0, description="global gradient norm beyond which a step is scaled down")
+    max_skipped_steps: int = Field(10, ge=0, description="steps in a row that may be not finite and are left out")
+    ema_decay: float = Field(0.0, ge=0, lt=1, description="of averaged weights, used for results; 0: none")
+    precision: Precision = Field("float32", description="float32 | bfloat16 (training alone; results are in float32)")
 
 
 class SpaceSpec(_Section):
-    activation: Annotated[Entry, PlainValidator(_parse_activation), PlainSerializer(_dump_entry)] = Field(
+    activation: _choice_entry("activation", ActivationName) = Field(  # type: ignore[valid-type]
         ("relu", "leaky_relu", "prelu", "tanh", "sigmoid", "elu", "silu", "gelu"),
         description="any of " + ", ".join(get_args(ActivationName)),
     )
+    decoder_activation: _choice_entry("activation", ActivationName) | None = Field(  # type: ignore[valid-type]
+        None, description="of model.activation_scope = separate; unset: the same entry as activation"
+    )
     leaky_relu_slope: _numeric_entry(float, 0, 1) = Field(  # type: ignore[valid-type]
         Range(0.001, 0.5, log=True), description="slope below zero; only where activation = leaky_relu"
+    )
+    avg_pool_window: _numeric_entry(int, 1, 4095) = Field(  # type: ignore[valid-type]
+        3, description="units or pixels, odd; only where activation = avg_pool or relu_avgpool"
+    )
+    activation_dropout: _numeric_entry(float, 0, 0.95) = Field(  # type: ignore[valid-type]
+        0.2, description="rate; only where activation = dropout"
+    )
+    apl_hinges: _numeric_entry(int, 1, 32) = Field(  # type: ignore[valid-type]
+        2, description="learned hinges of a unit; only where activation = apl"
     )
     dropout: _numeric_entry(float, 0, 0.95) = Field(  # type: ignore[valid-type]
         Range(0.0, 0.5), description="rate after every hidden activation"
@@ -203,9 +261,35 @@ class SpaceSpec(_Section):
     hidden_layers: _numeric_entry(int, 1, 64) | None = Field(  # type: ignore[valid-type]
         None, description="number of hidden layers, instead of model.hidden_dims"
     )
+    normalization: _choice_entry("normalization", Normalization) | None = Field(  # type: ignore[valid-type]
+        None, description="instead of model.normalization"
+    )
     batch_size: _numeric_entry(int, 1, 65536) | None = Field(  # type: ignore[valid-type]
         None, description="rows, instead of train.batch_size"
     )
+    lr_schedule: _choice_entry("lr_schedule", LrSchedule) | None = Field(  # type: ignore[valid-type]
+        None, description="instead of train.lr_schedule"
+    )
+    beta: _numeric_entry(float, 0, 1e6) | None = Field(  # type: ignore[valid-type]
+        None, description="instead of train.beta"
+    )
+    free_bits: _numeric_entry(float, 0, 1e6) | None = Field(  # type: ignore[valid-type]
+        None, description="nats, instead of train.free_bits"
+    )
+    weight_decay: _numeric_entry(float, 0, 10) | None = Field(  # type: ignore[valid-type]
+        None, description="instead of train.weight_decay"
+    )
+    ema_decay: _numeric_entry(float, 0, 0.999999) | None = Field(  # type: ignore[valid-type]
+        None, description="instead of train.ema_decay"
+    )
+    precision: _choice_entry("precision", Precision) | None = Field(  # type: ignore[valid-type]
+        None, description="instead of train.precision"
+    )
+
+    def applies(self, name: str, params: Params) -> bool:
+        """True unless `name` is a parameter of activations alone of which a draw has none."""
+        drawn = {params.get("activation"), params.get("decoder_activation")}
+        return name not in OWN_PARAMETERS or not drawn.isdisjoint(OWN_PARAMETERS[name])
 
 
 class BudgetSpec(_Section):
@@ -276,21 +360,25 @@ class StudySpec(_Section):
     @pydantic_model_validator(mode="before")
     @classmethod
     def _fill_defaults_that_depend(cls, values: Any) -> Any:
-        """The name follows the data; warm-up and grace shrink with a short budget, unless they were given."""
+        """Unless they were given: the name follows the data, binarisation the likelihood, the decoder's activation
+        the encoder's, and warm-up and grace shrink with a short budget.
+        """
         if not isinstance(values, dict):
             return values
         filled: dict[str, Any] = {k: v for k, v in values.items() if v is not None}  # YAML's empty sections
         source = _given(filled, "data", "source", "digits")
         stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(str(source)).stem).strip("-._")
         filled["name"] = filled.get("name") or stem or "study"
-        try:
+        following: list[tuple[str, str, object]] = []
+        if _given(filled, "model", "likelihood", "bernoulli") != "bernoulli":
+            following.append(("data", "binarize", "none"))
+        if _given(filled, "model", "activation_scope", "shared") == "separate":
+            default = SpaceSpec.model_fields["activation"].default
+            following.append(("space", "decoder_activation", _given(filled, "space", "activation", default)))
+        with contextlib.suppress(TypeError, ValueError, OverflowError):  # the error comes from the field itself
             max_epochs = max(1, int(float(_given(filled, "budget", "max_epochs", 60))))
-        except (TypeError, ValueError, OverflowError):
-            return filled  # the error comes from the field itself
-        following: tuple[tuple[str, str, object], ...] = (
-            ("train", "kl_warmup_epochs", min(5, max_epochs // 6)),
-            ("scheduler", "grace_epochs", min(3, max_epochs)),
-        )
+            following.append(("train", "kl_warmup_epochs", min(5, max_epochs // 6)))
+            following.append(("scheduler", "grace_epochs", min(3, max_epochs)))
         for section, key, default in following:
             given: Any = filled.get(section) or {}
             known = given.model_dump(exclude_unset=True) if isinstance(given, BaseModel) else given
@@ -307,13 +395,20 @@ class StudySpec(_Section):
                 f"scheduler.grace_epochs = {self.scheduler.grace_epochs} "
                 f"must lie in 1..budget.max_epochs = {self.budget.max_epochs}"
             )
+        if self.space.decoder_activation is not None and self.model.activation_scope == "shared":
+            raise ValueError('space.decoder_activation is for model.activation_scope = "separate"')
+        if self.train.objective == "vae_gan" and SUPPORTS[self.model.likelihood] == "counts":
+            raise ValueError('train.objective = "vae_gan" makes means pass for data, which those of counts cannot')
+        windows = self.space.avg_pool_window
+        if isinstance(windows, Range):
+            raise ValueError("space.avg_pool_window: give a list of odd numbers, not a range")
         try:  # the owners of these rules are the configs themselves
             self.data_config()
-            ModelConfig(
-                input_dim=1,
-                avg_pool_window=self.model.avg_pool_window,
-                activation_dropout=self.model.activation_dropout,
-            )
+            self.train_config_for({})
+            for window in values_of(windows):
+                self.model_config_for({"avg_pool_window": window}, (1, 1))
+            for norm in values_of(self.space.normalization):
+                self.model_config_for({} if norm is None else {"normalization": norm}, (1, 1))
         except ValueError as error:
             raise ValueError(str(error)) from None
         return self
@@ -340,28 +435,34 @@ class StudySpec(_Section):
         return location(self.storage.path) / self.name
 
     def data_config(self) -> DataConfig:
-        return DataConfig(**self.data.model_dump(), seed=self.seed)
+        return DataConfig(**self.data.model_dump(), support=SUPPORTS[self.model.likelihood], seed=self.seed)
 
-    def model_config_for(self, params: Params, input_dim: int) -> ModelConfig:
-        """The architecture of a trial: the model section with the trial's own parameters over it."""
+    def model_config_for(self, params: Params, row_shape: tuple[int, ...]) -> ModelConfig:
+        """The architecture of a trial: the model section with the trial's own parameters over it.
+
+        row_shape: (X,), or of an image (H, W) or (H, W, C).
+        """
         hidden = list(self.model.hidden_dims)
         if "hidden_width" in params or "hidden_layers" in params:
             width = params.get("hidden_width", hidden[0] if hidden else 128)
             hidden = [width] * params.get("hidden_layers", len(hidden) or 1)
-        own = {k: params[k] for k in ("activation", "leaky_relu_slope", "dropout", "latent_dim") if k in params}
-        fixed = self.model.model_dump(exclude={"hidden_dims"})
-        return ModelConfig(input_dim=input_dim, hidden_dims=tuple(hidden), **fixed, **own)
+        fixed = self.model.model_dump(exclude={"activation_scope"})
+        values = fixed | {name: value for name, value in params.items() if name in MODEL_FIELDS}
+        image_shape = row_shape if len(row_shape) > 1 else None
+        values |= {"hidden_dims": hidden, "input_dim": math.prod(row_shape), "image_shape": image_shape}
+        return ModelConfig(**values)
 
-    def largest_model(self, input_dim: int) -> ModelConfig:
-        """The model of the most weights in the space."""
-        sizes = ("latent_dim", "hidden_width", "hidden_layers")
-        entries = {name: getattr(self.space, name) for name in sizes}
-        return self.model_config_for({name: largest(e) for name, e in entries.items() if e is not None}, input_dim)
+    def largest_models(self, row_shape: tuple[int, ...]) -> Iterator[ModelConfig]:
+        """Models of which one has the most weights in the space: the largest sizes with each activation."""
+        entries = {name: getattr(self.space, name) for name in (*SIZES, *OWN_PARAMETERS)}
+        params = {name: largest(entry) for name, entry in entries.items() if entry is not None}
+        for encoder in values_of(self.space.activation):
+            for decoder in values_of(self.space.decoder_activation):
+                yield self.model_config_for(params | {"activation": encoder, "decoder_activation": decoder}, row_shape)
 
     def train_config_for(self, params: Params) -> TrainConfig:
-        own = {k: params[k] for k in ("learning_rate", "batch_size") if k in params}
-        values: Params = self.train.model_dump() | {"max_epochs": self.budget.max_epochs} | own
-        return TrainConfig(**values)
+        values = self.train.model_dump() | {"max_epochs": self.budget.max_epochs}
+        return TrainConfig(**values | {name: value for name, value in params.items() if name in TRAIN_FIELDS})
 
     def rungs(self) -> list[int]:
         """The epochs at which a trial may be stopped and its state is stored, ascending: warm-up + grace * factor^k.
@@ -397,6 +498,11 @@ def largest(entry: Entry) -> Any:
     if isinstance(entry, Range):
         return entry.high
     return max(entry) if isinstance(entry, tuple) else entry
+
+
+def values_of(entry: Entry) -> tuple[Any, ...]:
+    """Those of a choice: a fixed one, or None where there is no entry, is the only one."""
+    return entry if isinstance(entry, tuple) else (entry,)
 
 
 def spec_diff(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:

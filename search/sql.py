@@ -21,6 +21,10 @@ STUDIES = pa.schema(
         ("seed", pa.int64()),
         ("source", pa.string()),
         ("data_fingerprint", pa.string()),
+        ("binarize", pa.string()),
+        ("body", pa.string()),
+        ("likelihood", pa.string()),
+        ("train_objective", pa.string()),
         ("trials", pa.int32()),  # asked for
         ("max_epochs", pa.int32()),
         ("created_at", pa.timestamp("us", tz="UTC")),
@@ -34,7 +38,7 @@ class QueryFailed(InputError):
 
 
 def query(sql: str, storage: str | Location, time_limit_s: float = TIME_LIMIT_S) -> pa.Table:
-    """The answer to one SELECT over `studies`, `trials`, `epochs` and `attempts`. Raises QueryFailed, InputError."""
+    """The answer to one SELECT over `studies` and the tables of a study. Raises QueryFailed, InputError."""
     studies = list_studies(storage)
     if not studies:
         raise InputError(f"{storage}: there is no study there; name the folder of your studies with --storage")
@@ -98,6 +102,10 @@ def _study_row(study: Study) -> dict[str, Any]:
         "seed": spec.seed,
         "source": spec.data.source,
         "data_fingerprint": provenance["data_fingerprint"],
+        "binarize": spec.data.binarize,
+        "body": spec.model.body,
+        "likelihood": spec.model.likelihood,
+        "train_objective": spec.train.objective,
         "trials": spec.budget.trials,
         "max_epochs": spec.budget.max_epochs,
         "created_at": provenance["created_at"],

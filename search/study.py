@@ -10,14 +10,13 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.resources import PlacementError, fitting_trials
 from cluster.runtime import Runtime, environment, head_watched, ray_runtime
 from search.checkpoints import CheckpointStore
-from search.checks import check_batches, check_space, same_study
+from search.checks import check_batches, check_model, check_space, same_study
 from search.early_stopping import Asha
 from search.events import StudyEvents
 from search.interrupts import Interrupts, interrupts_caught, join_or_leave
@@ -31,7 +30,7 @@ from search.storage import Location, StorageFailed, check_writable, reason_of
 from search.tables import TrialRow
 from search.writer import Patience
 from vae.config import InputError
-from vae.data import Dataset, load_data
+from vae.data import Dataset, likelihood_advice, load_data
 
 if TYPE_CHECKING:
     from search.sampler import Curve, StudySearcher
@@ -69,6 +68,7 @@ def run_study(
     as a whole ends this process with status 1.
     """
     data = load_data(spec.data_config())
+    check_model(spec, data)
     check_batches(spec, data)
     path = spec.folder
     stored = Study(path) if (path / STUDY_FILE).is_file() else None
@@ -255,7 +255,7 @@ def _fit(
 def _curves(epochs: pa.Table) -> Mapping[int, "Curve"]:
     """trial -> epoch -> validation value."""
     curves: dict[int, dict[int, float]] = {}
-    for trial, epoch, value in _columns(epochs, "trial", "epoch", "val_nelbo"):
+    for trial, epoch, value in _told(epochs):
         curves.setdefault(trial, {})[epoch] = value
     return curves
 
@@ -266,13 +266,15 @@ def _rebuilt_asha(spec: StudySpec, epochs: pa.Table) -> Asha | None:
         return None
     asha = Asha(spec.rungs(), spec.scheduler.reduction_factor)
     at_rungs = epochs.filter(pc.is_in(epochs["epoch"], pa.array(spec.rungs(), pa.int32()))).sort_by("reported_at")
-    for trial, epoch, value in _columns(at_rungs, "trial", "epoch", "val_nelbo"):
+    for trial, epoch, value in _told(at_rungs):
         asha.may_go_on(trial, epoch, value)
     return asha
 
 
-def _columns(table: pa.Table, *names: str) -> Iterator[tuple[Any, ...]]:
-    return zip(*(table[name].to_pylist() for name in names), strict=True)
+def _told(epochs: pa.Table) -> Iterator[tuple[int, int, float]]:
+    """Trial, epoch and what the sampler was told of it, for each row."""
+    values = pc.coalesce(epochs["objective"], epochs["val_nelbo"])
+    return zip(epochs["trial"].to_pylist(), epochs["epoch"].to_pylist(), values.to_pylist(), strict=True)
 
 
 def _provenance(spec: StudySpec, data: Dataset, stored: Study | None) -> dict[str, Any]:
@@ -297,11 +299,9 @@ def _opening_lines(spec: StudySpec, data: Dataset, rows: list[TrialRow], concurr
     )
     splits = f"{len(data.train)} rows to train on, {len(data.validation)} to judge by, {len(data.test)} kept aside"
     yield f"{data.config.source}: {data.input_dim} features, {splits}"
-    if data.config.binarize == "none" and not np.isin(data.validation, (0, 1)).all():
-        yield (
-            "the data are grey and not binarised: under a Bernoulli likelihood the values are cross-entropies, "
-            "to be compared with each other alone"
-        )
+    advice = likelihood_advice(spec.model.likelihood, data)
+    if advice is not None:
+        yield f"warning: {advice}"
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ at any instant. A part that cannot be read, which takes a fault of the disk, is 
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime
 from operator import attrgetter
@@ -23,6 +23,28 @@ log = logging.getLogger(__name__)
 _TIME = pa.timestamp("us", tz="UTC")
 
 
+PARAMS = (
+    "activation",
+    "decoder_activation",
+    "leaky_relu_slope",
+    "avg_pool_window",
+    "activation_dropout",
+    "apl_hinges",
+    "dropout",
+    "learning_rate",
+    "latent_dim",
+    "normalization",
+    "batch_size",
+    "lr_schedule",
+    "beta",
+    "free_bits",
+    "weight_decay",
+    "ema_decay",
+    "precision",
+)
+"""The columns of a trial that are parameters of the space, by the same names."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialRow:
     """One configuration and what became of it. Losses are nats per example; None: not known (yet)."""
@@ -32,15 +54,29 @@ class TrialRow:
     state: str  # RUNNING | COMPLETE | PRUNED | FAIL, as Optuna has it
     status: str | None = None  # ok | collapsed | diverged | oom | error | lost | timeout
     reason: str | None = None  # what ended a trial that is not ok
+    step: int | None = None  # of training, from 1, at which it diverged
+    layer: str | None = None  # the first one that was not finite then
     activation: str
+    decoder_activation: str | None = None  # None: that of the encoder
     leaky_relu_slope: float | None = None
+    avg_pool_window: int | None = None
+    activation_dropout: float | None = None
+    apl_hinges: int | None = None
     dropout: float
     learning_rate: float
     latent_dim: int
     hidden_dims: list[int]
+    normalization: str = "none"
     batch_size: int
+    lr_schedule: str | None = None
+    beta: float | None = None
+    free_bits: float | None = None
+    weight_decay: float | None = None
+    ema_decay: float | None = None
+    precision: str | None = None
     seed: int
-    objective: float | None = None  # what the sampler was told: val_nelbo, or a penalty if it diverged
+    train_objective: str = "elbo"  # vae_gan: val_nelbo is not what was trained for, and ranks with no other's
+    objective: float | None = None  # what the sampler was told at the end, a penalty if it diverged
     val_nelbo: float | None = None  # of the last epoch, at beta = 1
     val_recon: float | None = None
     val_kl: float | None = None
@@ -60,18 +96,26 @@ class TrialRow:
     ended_at: datetime | None = None
 
     @property
+    def key(self) -> Hashable:
+        return self.trial
+
+    @property
+    def ranks_by(self) -> float | None:
+        """What a trial that has trained to its end is ranked by: nats, or the error that adversarial training is by."""
+        return self.val_nelbo if self.train_objective == "elbo" else self.objective
+
+    @property
+    def activations(self) -> str:
+        """That of the encoder, and that of the decoder where it has one of its own."""
+        return self.activation if self.decoder_activation is None else f"{self.activation}/{self.decoder_activation}"
+
+    @property
     def params(self) -> dict[str, Any]:
         """The parameters by the names of the space, each only where it applies."""
         uniform = len(set(self.hidden_dims)) == 1
-        params = {
-            "activation": self.activation,
-            "leaky_relu_slope": self.leaky_relu_slope,
-            "dropout": self.dropout,
-            "learning_rate": self.learning_rate,
-            "latent_dim": self.latent_dim,
+        params = {name: getattr(self, name) for name in PARAMS} | {
             "hidden_width": self.hidden_dims[0] if uniform else None,
             "hidden_layers": len(self.hidden_dims) if uniform else None,
-            "batch_size": self.batch_size,
         }
         return {name: value for name, value in params.items() if value is not None}
 
@@ -93,10 +137,70 @@ class EpochRow:
     active_units: int
     grad_norm: float
     clipped_steps: int
+    skipped_steps: int
     kl_weight: float
     wall_s: float
     samples_per_s: float
+    objective: float | None = None  # what trials are chosen by, where it is not val_nelbo
     reported_at: datetime
+
+    @property
+    def told(self) -> float:
+        """What the sampler and early stopping are told."""
+        return self.val_nelbo if self.objective is None else self.objective
+
+    @property
+    def key(self) -> Hashable:
+        return self.trial, self.epoch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiagnosticsRow:
+    """A model on fixed validation rows at an epoch: the terms of `vae.diagnostics.Diagnostics`, in nats an example."""
+
+    study: str
+    trial: int
+    epoch: int  # 0: before training
+    rate: float
+    distortion: float
+    active_units: int
+    kl_active_units: int
+    collapsed_share: float
+    mutual_information: float
+    aggregated_kl: float
+    aggregated_kl_low: float
+    logvar_clamped: float
+    encoder_gradient_ratio: float | None
+    decoder_gradient_ratio: float | None
+    generalization_gap: float
+    precision_effect: float | None
+    flags: list[str]
+
+    @property
+    def key(self) -> Hashable:
+        return self.trial, self.epoch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerRow:
+    """A hidden layer of a model at an epoch. The same terms as `vae.diagnostics.LayerDiagnostics`."""
+
+    study: str
+    trial: int
+    epoch: int
+    net: str  # encoder | decoder
+    layer: int
+    width: int
+    dead: float
+    dormant: float
+    saturated: float
+    gradient_ratio: float
+    second_moment: float
+    mixture: list[float] | None
+
+    @property
+    def key(self) -> Hashable:
+        return self.trial, self.epoch, self.net, self.layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +220,10 @@ class AttemptRow:
     started_at: datetime
     ended_at: datetime | None = None  # None also where the driver was killed
 
+    @property
+    def key(self) -> Hashable:
+        return self.trial, self.attempt
+
 
 def _schema(table: str, columns: Iterable[tuple[str, pa.DataType, bool]]) -> pa.Schema:
     schema = pa.schema([pa.field(name, kind, nullable=nullable) for name, kind, nullable in columns])
@@ -130,14 +238,28 @@ TRIALS = _schema(
         ("state", pa.string(), False),
         ("status", pa.string(), True),
         ("reason", pa.string(), True),
+        ("step", pa.int64(), True),
+        ("layer", pa.string(), True),
         ("activation", pa.string(), False),
+        ("decoder_activation", pa.string(), True),
         ("leaky_relu_slope", pa.float64(), True),
+        ("avg_pool_window", pa.int32(), True),
+        ("activation_dropout", pa.float64(), True),
+        ("apl_hinges", pa.int32(), True),
         ("dropout", pa.float64(), False),
         ("learning_rate", pa.float64(), False),
         ("latent_dim", pa.int32(), False),
         ("hidden_dims", pa.list_(pa.int64()), False),
+        ("normalization", pa.string(), False),
         ("batch_size", pa.int32(), False),
+        ("lr_schedule", pa.string(), True),
+        ("beta", pa.float64(), True),
+        ("free_bits", pa.float64(), True),
+        ("weight_decay", pa.float64(), True),
+        ("ema_decay", pa.float64(), True),
+        ("precision", pa.string(), True),
         ("seed", pa.int64(), False),
+        ("train_objective", pa.string(), False),
         ("objective", pa.float64(), True),
         ("val_nelbo", pa.float64(), True),
         ("val_recon", pa.float64(), True),
@@ -174,10 +296,51 @@ EPOCHS = _schema(
         ("active_units", pa.int32(), False),
         ("grad_norm", pa.float64(), False),
         ("clipped_steps", pa.int32(), False),
+        ("skipped_steps", pa.int32(), False),
         ("kl_weight", pa.float64(), False),
         ("wall_s", pa.float64(), False),
         ("samples_per_s", pa.float64(), False),
+        ("objective", pa.float64(), True),
         ("reported_at", _TIME, False),
+    ],
+)
+DIAGNOSTICS = _schema(
+    "diagnostics",
+    [
+        ("study", pa.string(), False),
+        ("trial", pa.int32(), False),
+        ("epoch", pa.int32(), False),
+        ("rate", pa.float64(), False),
+        ("distortion", pa.float64(), False),
+        ("active_units", pa.int32(), False),
+        ("kl_active_units", pa.int32(), False),
+        ("collapsed_share", pa.float64(), False),
+        ("mutual_information", pa.float64(), False),
+        ("aggregated_kl", pa.float64(), False),
+        ("aggregated_kl_low", pa.float64(), False),
+        ("logvar_clamped", pa.float64(), False),
+        ("encoder_gradient_ratio", pa.float64(), True),
+        ("decoder_gradient_ratio", pa.float64(), True),
+        ("generalization_gap", pa.float64(), False),
+        ("precision_effect", pa.float64(), True),
+        ("flags", pa.list_(pa.string()), False),
+    ],
+)
+LAYERS = _schema(
+    "layers",
+    [
+        ("study", pa.string(), False),
+        ("trial", pa.int32(), False),
+        ("epoch", pa.int32(), False),
+        ("net", pa.string(), False),
+        ("layer", pa.int32(), False),
+        ("width", pa.int32(), False),
+        ("dead", pa.float64(), False),
+        ("dormant", pa.float64(), False),
+        ("saturated", pa.float64(), False),
+        ("gradient_ratio", pa.float64(), False),
+        ("second_moment", pa.float64(), False),
+        ("mixture", pa.list_(pa.float64()), True),
     ],
 )
 ATTEMPTS = _schema(
@@ -198,12 +361,24 @@ ATTEMPTS = _schema(
     ],
 )
 
-SCHEMAS = {"epochs": EPOCHS, "attempts": ATTEMPTS, "trials": TRIALS}
+SCHEMAS = {
+    "epochs": EPOCHS,
+    "diagnostics": DIAGNOSTICS,
+    "layers": LAYERS,
+    "attempts": ATTEMPTS,
+    "trials": TRIALS,
+}
 """Table -> schema, in the order in which they are written: what a trial's row sums up is there before it."""
 
-ROW_TYPES: Mapping[str, type[Any]] = {"epochs": EpochRow, "attempts": AttemptRow, "trials": TrialRow}
+ROW_TYPES: Mapping[str, type[Any]] = {
+    "epochs": EpochRow,
+    "diagnostics": DiagnosticsRow,
+    "layers": LayerRow,
+    "attempts": AttemptRow,
+    "trials": TrialRow,
+}
 
-Row = TypeVar("Row", TrialRow, EpochRow, AttemptRow)
+Row = TypeVar("Row", TrialRow, EpochRow, DiagnosticsRow, LayerRow, AttemptRow)
 
 
 class DamagedPart(ValueError):

@@ -14,6 +14,7 @@ from ray import tune
 
 from search.checkpoints import Stored
 from search.spec import StudySpec
+from vae.adversarial import make_trainer
 from vae.data import Dataset
 from vae.training import Diverged, Trainer
 
@@ -49,12 +50,15 @@ class VaeTrial(tune.Trainable):
         self._trainer: Trainer | None = None
         self._history: list[dict[str, Any]] = []  # every epoch of the trial, those of earlier attempts too
         self._reported = 0  # of them
+        self._probes: list[dict[str, Any]] = []  # diagnostics before training, at rungs and at the end, likewise
+        self._probes_reported = 0
         self._from_epoch: int | None = None  # where this attempt began
         self._damaged = ""  # what was wrong with newer states
         return True
 
     def step(self) -> dict[str, Any]:
         status, reason = "ok", None
+        diverged: Diverged | None = None
         try:
             if self._trainer is None:
                 self._begin()
@@ -62,12 +66,16 @@ class VaeTrial(tune.Trainable):
             if self._is_final and (reason := self._collapse()):
                 status = "collapsed"
         except Diverged as error:
-            status, reason = "diverged", str(error)
+            status, reason, diverged = "diverged", str(error), error
         except Exception as error:  # a fault of the code or the data is a result too: nothing may be lost
             status = "oom" if _is_out_of_memory(error) else "error"
             lines = "".join(traceback.format_exception(error)).splitlines()
             reason = "\n".join(lines[-TRACEBACK_LINES:])
-        return self._result(status, reason)
+        where = {
+            "step": None if diverged is None else diverged.step,
+            "layer": None if diverged is None else diverged.layer,
+        }
+        return self._result(status, reason) | where
 
     def _begin(self) -> None:
         """Build the model, or go on from its newest stored state that can be read."""
@@ -75,8 +83,8 @@ class VaeTrial(tune.Trainable):
         params = self._config["params"]
         damaged: list[str] = []
         while True:
-            trainer = Trainer(
-                self._spec.model_config_for(params, self._data.input_dim),
+            trainer = make_trainer(
+                self._spec.model_config_for(params, self._data.row_shape),
                 self._spec.train_config_for(params),
                 self._data,
                 seed=self._config["seed"],
@@ -89,12 +97,14 @@ class VaeTrial(tune.Trainable):
             try:
                 state = torch.load(io.BytesIO(stored.state), weights_only=True, map_location="cpu")
                 trainer.load_state_dict(state["trainer"])
-                self._history = state["history"]
+                self._history, self._probes = state["history"], state["probes"]
                 break
             except Exception as error:  # torch raises unrelated types for what it cannot read
                 damaged.append(f"the state of epoch {stored.epoch} could not be loaded: {error}")
                 ray.get(self._store.remove.remote(self._number, stored.epoch))
         self._trainer, self._from_epoch, self._damaged = trainer, trainer.epoch, "; ".join(damaged)
+        if trainer.epoch == 0:
+            self._probe()
 
     def _train(self) -> None:
         """Train to the next rung, or for about a second."""
@@ -104,15 +114,21 @@ class VaeTrial(tune.Trainable):
         while not self._is_final:
             self._history.append(asdict(trainer.train_epoch()))
             if trainer.epoch in self._rungs or self._is_final:
+                self._probe()
                 self._store_state()
                 break
             if time.monotonic() - started >= STEP_S:
                 break
 
+    def _probe(self) -> None:
+        assert self._trainer is not None
+        self._probes.append(asdict(self._trainer.diagnose()))
+
     def _store_state(self) -> None:
         assert self._trainer is not None
         buffer = io.BytesIO()
-        torch.save({"trainer": self._trainer.state_dict(), "history": self._history}, buffer)
+        state = {"trainer": self._trainer.state_dict(), "history": self._history, "probes": self._probes}
+        torch.save(state, buffer)
         # waited for: the driver, once it hears of this epoch, may want the state or drop it
         ray.get(self._store.put.remote(self._number, self._trainer.epoch, buffer.getvalue()))
 
@@ -132,7 +148,7 @@ class VaeTrial(tune.Trainable):
         last, baseline = self._history[-1], self._trainer.no_latent_nelbo
         if last["active_units"] == 0:
             return "no active latent unit"
-        if last["val_nelbo"] >= baseline:
+        if self._trainer.config.objective == "elbo" and last["val_nelbo"] >= baseline:
             return f"no better than a model without latents ({baseline:.2f} nats)"
         return None
 
@@ -143,11 +159,14 @@ class VaeTrial(tune.Trainable):
     def _result(self, status: str, reason: str | None) -> dict[str, Any]:
         trainer, history = self._trainer, self._history
         epochs, self._reported = history[self._reported :], len(history)
+        probes, self._probes_reported = self._probes[self._probes_reported :], len(self._probes)
         final = self._is_final and status in ("ok", "collapsed")
         return {
             "epochs": epochs,
+            "probes": probes,
             "epoch": history[-1]["epoch"] if history else 0,
-            "objective": history[-1]["val_nelbo"] if history else math.inf,
+            "objective": told(history[-1]) if history else math.inf,
+            "no_latent_objective": trainer.no_latent_objective if trainer else None,
             "final": final,
             "status": status,
             "reason": reason,
@@ -159,6 +178,11 @@ class VaeTrial(tune.Trainable):
             "train_wall_s": math.fsum(epoch["wall_s"] for epoch in history),
             "done": final or status != "ok",
         }
+
+
+def told(epoch: dict[str, Any]) -> float:
+    """What sampler and early stopping hear of an epoch."""
+    return float(epoch["val_nelbo"] if epoch["objective"] is None else epoch["objective"])
 
 
 def _is_out_of_memory(error: Exception) -> bool:

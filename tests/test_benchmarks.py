@@ -1,4 +1,4 @@
-"""The replay benchmark runs, and its table is what it says: real curves of this program, whole and reproducible."""
+"""The benchmarks run, and the table of curves is what it says: made by this program, whole and reproducible."""
 
 import json
 import subprocess
@@ -7,10 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
+
+from vae import export
 
 FOLDER = Path(__file__).parent / "benchmarks"
 TABLE = FOLDER / "curves.parquet"
 MAX_EPOCHS = 60
+MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
 
 
 def test_the_table_has_hundreds_of_configurations_for_each_warm_up_with_every_epoch_of_the_budget():
@@ -51,3 +55,38 @@ def test_the_benchmark_prints_a_table_in_which_every_search_hands_over_a_model()
     (first, second) = (line for line in lines if line.startswith("   240"))
     assert first.count("[") == second.count("[") == 5
     assert first.endswith(" 0")  # no seed without a model
+
+
+@pytest.mark.skipif(not MNIST.is_dir(), reason="the real MNIST files are not beside this repository")
+def test_the_runs_on_mnist_print_a_line_each_with_the_reference_and_leave_their_models(tmp_path):
+    cut = ["--epochs", "1", "--train-images", "300", "--test-images", "20", "--samples", "10"]
+    folders = ["--data-dir", MNIST, "--save", tmp_path]
+    done = subprocess.run(
+        [sys.executable, FOLDER / "mnist.py", *cut, *folders], capture_output=True, text=True, check=True
+    )  # fmt: skip
+    title, head, *lines = done.stdout.splitlines()
+    assert "20 test images, 10 importance samples" in title
+    assert [line.split()[0] for line in lines] == ["burda-mini", "strong-mini"]
+    assert ["86.76" in line for line in lines] == [True, False]
+    for line in lines:
+        at = head.index("minutes") + len("minutes")
+        nll, standard_error, active, nelbo, _ = map(float, line[at:].split()[:5])
+        assert 100 < nll < nelbo < 500
+        assert 0 < standard_error < 50
+        assert 0 <= active <= 50
+    model = export.load(tmp_path / "burda-mini")
+    assert (model.config.latent_dim, model.config.activation) == (50, "tanh")
+
+
+@pytest.mark.system
+@pytest.mark.timeout(300)
+def test_healthy_activations_on_the_digits_gain_what_they_gained_with_other_code():
+    names = ["silu", "elu", "leaky_relu(0.2)", "tanh", "linear"]
+    done = subprocess.run(
+        [sys.executable, FOLDER / "digits.py", *names, "--seeds", "1"], capture_output=True, text=True, check=True
+    )  # fmt: skip
+    _, *lines = done.stdout.splitlines()
+    assert len(lines) == 2 * len(names)
+    for line in lines:
+        gain, other = map(float, line.split()[5:7])
+        assert gain == pytest.approx(other, abs=0.3), line

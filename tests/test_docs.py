@@ -15,7 +15,7 @@ from search.ledger import Ledger
 from search.results import write_study_file
 from search.spec import StudySpec
 from search.sql import STUDIES, query
-from search.tables import ATTEMPTS, EPOCHS, TRIALS, AttemptRow, EpochRow, TrialRow
+from search.tables import SCHEMAS, AttemptRow, DiagnosticsRow, EpochRow, LayerRow, TrialRow
 
 ROOT = Path(__file__).parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "docs" / "results.md"
@@ -42,7 +42,8 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
         state, status = outcomes[number % 4]
         num_epochs = 6 if state == "COMPLETE" else 3
         row = TrialRow(
-            study=spec.name, trial=number, state=state, status=status, activation=("silu", "relu", "tanh")[number % 3],
+            study=spec.name, trial=number, state=state, status=status,
+            activation=("silu", "relu", "mixture")[number % 3],
             dropout=number / 24, learning_rate=10 ** (-4 + number / 6), latent_dim=2 + number, hidden_dims=[8, 8],
             batch_size=64, seed=number, val_nelbo=23.0 + number, train_nelbo=22.0, val_kl=4.0, active_units=number,
             no_latent_nelbo=27.4, epochs=num_epochs, max_epochs=6, suggested_at=now, ended_at=now,
@@ -56,10 +57,29 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
             EpochRow(
                 study=spec.name, trial=number, epoch=epoch, attempt=1, train_nelbo=25.0, train_recon=20.0, train_kl=5.0,
                 val_nelbo=30.0 - epoch, val_recon=20.0, val_kl=10.0 - epoch, active_units=1, grad_norm=120.0,
-                clipped_steps=epoch % 2, kl_weight=1.0, wall_s=0.1, samples_per_s=1e4 + number,
+                clipped_steps=epoch % 2, skipped_steps=0, kl_weight=1.0, wall_s=0.1, samples_per_s=1e4 + number,
                 reported_at=now + timedelta(seconds=epoch),
             )
             for epoch in range(1, num_epochs + 1)
+        )  # fmt: skip
+        ledger.add_diagnostics(
+            [
+                DiagnosticsRow(
+                    study=spec.name, trial=number, epoch=epoch, rate=4.0, distortion=19.0, active_units=number,
+                    kl_active_units=number, collapsed_share=0.1, mutual_information=3.5, aggregated_kl=0.5,
+                    aggregated_kl_low=0.6, logvar_clamped=0.0, encoder_gradient_ratio=0.3, decoder_gradient_ratio=0.4,
+                    generalization_gap=0.2, precision_effect=None, flags=["saturated"],
+                )
+                for epoch in (0, num_epochs)
+            ],
+            [
+                LayerRow(
+                    study=spec.name, trial=number, epoch=epoch, net=net, layer=layer, width=8, dead=0.1, dormant=0.2,
+                    saturated=0.3, gradient_ratio=0.01, second_moment=1.0,
+                    mixture=[0.2, 0.3, 0.5] if row.activation == "mixture" else None,
+                )
+                for epoch in (0, num_epochs) for net in ("encoder", "decoder") for layer in (0, 1)
+            ],
         )  # fmt: skip
         ledger.end_trial(row)
     ledger.flush()
@@ -74,10 +94,7 @@ def test_every_question_of_the_results_page_gets_an_answer(sql, storage):
 def test_the_results_page_names_every_column():
     text = RESULTS.read_text(encoding="utf-8")
     missing = [
-        name
-        for schema in (TRIALS, EPOCHS, ATTEMPTS, STUDIES)
-        for name in schema.names
-        if not re.search(rf"\b{name}\b", text)
+        name for schema in (*SCHEMAS.values(), STUDIES) for name in schema.names if not re.search(rf"\b{name}\b", text)
     ]
     assert not missing
 

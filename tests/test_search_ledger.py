@@ -62,7 +62,7 @@ def trial_row(number: int, state: str = "COMPLETE", **values: Any) -> TrialRow:
 
 def epoch_row(trial: int, epoch: int, **values: Any) -> EpochRow:
     figures = {f.name: 1.0 for f in fields(EpochRow) if f.type in (float, "float")}
-    counts = {"attempt": 1, "active_units": 2, "clipped_steps": 0}
+    counts = {"attempt": 1, "active_units": 2, "clipped_steps": 0, "skipped_steps": 0}
     known = {"study": "s", "trial": trial, "epoch": epoch, "reported_at": NOON}
     return EpochRow(**(figures | counts | known | values))
 

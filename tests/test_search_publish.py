@@ -39,6 +39,9 @@ JUDGE = dedent(
 )
 
 
+CONTENTS = ["attempts", "diagnostics", "epochs", "layers", "models", "study.toml", "trials"]
+
+
 def judged(*folders: Path) -> list[tuple[float, int, bool, bool]]:
     """Validation value and active units of exported models in a process that knows `vae` alone."""
     done = subprocess.run(
@@ -174,7 +177,7 @@ def test_publishing_again_changes_no_weight(copy, data):
     before = {folder.name: (folder / "model.safetensors").read_bytes() for folder in copy.model_folders()}
     folders = publish_best(copy, data)
     assert {folder.name: (folder / "model.safetensors").read_bytes() for folder in folders} == before
-    assert sorted(path.name for path in copy.path.iterdir()) == ["attempts", "epochs", "models", "study.toml", "trials"]
+    assert sorted(path.name for path in copy.path.iterdir()) == CONTENTS
 
 
 def test_an_export_cut_off_between_its_two_renames_loses_no_model(copy, data, monkeypatch):
@@ -196,14 +199,14 @@ def test_an_export_cut_off_between_its_two_renames_loses_no_model(copy, data, mo
     assert renames == ["models"]
     publish_best(copy, data)
     assert {folder.name: (folder / "model.safetensors").read_bytes() for folder in copy.model_folders()} == before
-    assert sorted(path.name for path in copy.path.iterdir()) == ["attempts", "epochs", "models", "study.toml", "trials"]
+    assert sorted(path.name for path in copy.path.iterdir()) == CONTENTS
 
 
 @pytest.mark.parametrize("leftover", ["models.tmp", "models.old"])
 def test_leftovers_of_a_crash_are_cleared_away(copy, data, leftover):
     (copy.path / leftover / "1-trial-99").mkdir(parents=True)
     publish_best(copy, data)
-    assert sorted(path.name for path in copy.path.iterdir()) == ["attempts", "epochs", "models", "study.toml", "trials"]
+    assert sorted(path.name for path in copy.path.iterdir()) == CONTENTS
 
 
 def test_export_of_other_data_than_the_study_was_made_on_is_refused(copy, data, tmp_path):

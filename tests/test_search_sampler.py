@@ -18,7 +18,7 @@ from ray.tune.search import Searcher
 
 from search import ledger as ledger_module
 from search.ledger import Ledger
-from search.sampler import PENALTY_NATS, StudySearcher
+from search.sampler import PENALTY, StudySearcher
 from search.space import Space
 from search.spec import StudySpec
 from search.tables import TrialRow, read_table, read_trials
@@ -94,9 +94,11 @@ def result(
             "active_units": 2,
             "grad_norm": 1.0,
             "clipped_steps": 0,
+            "skipped_steps": 0,
             "kl_weight": 1.0,
             "wall_s": 0.1,
             "samples_per_s": 1000.0,
+            "objective": None,
         }
         for epoch, value in values.items()
     ]
@@ -107,10 +109,14 @@ def result(
         "final": final,
         "status": status,
         "reason": reason,
+        "probes": [],
+        "step": None,
+        "layer": None,
         "from_epoch": 0,
         "damaged": None,
         "num_parameters": 100,
         "no_latent_nelbo": NO_LATENT,
+        "no_latent_objective": NO_LATENT,
         "device": "cpu",
         "train_wall_s": 0.5,
         "done": final or status != "ok",
@@ -326,7 +332,7 @@ def test_a_worker_killed_for_memory_too_often_is_out_of_memory_to_the_sampler(de
     row = desk.row(0)
     assert (row.state, row.status) == ("PRUNED", "oom")
     assert desk.told(0).constraints["oom"] == 1.0
-    assert row.objective == NO_LATENT + PENALTY_NATS
+    assert row.objective == NO_LATENT + PENALTY
 
 
 # ---- the ledger

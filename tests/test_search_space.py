@@ -8,6 +8,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from search.space import INTEGERS, Space
 from search.spec import SpaceSpec
+from vae.config import OWN_PARAMETERS
 
 BOUNDS = {  # inside what each parameter may be
     "leaky_relu_slope": (0.01, 0.5),
@@ -17,6 +18,10 @@ BOUNDS = {  # inside what each parameter may be
     "hidden_width": (16, 300),
     "hidden_layers": (1, 4),
     "batch_size": (8, 200),
+    "beta": (0.1, 4),
+    "free_bits": (0.01, 0.5),
+    "weight_decay": (1e-6, 1e-2),
+    "ema_decay": (0.5, 0.99),
 }
 
 
@@ -50,6 +55,28 @@ def test_a_fixed_slope_too_exists_under_leaky_relu_alone():
 def test_without_leaky_relu_there_is_no_slope_to_choose():
     space = space_of(activation=["relu", "silu"])
     assert "leaky_relu_slope" not in {*space.distributions, *space.constants}
+
+
+@pytest.mark.parametrize("name", OWN_PARAMETERS)
+def test_parameters_of_activations_exist_where_the_encoder_or_the_decoder_has_such_a_one(name):
+    names = [*OWN_PARAMETERS[name], "relu"]
+    values = {"avg_pool_window": [3, 5], "apl_hinges": [1, 4]}.get(name, [0.1, 0.3])
+    space = space_of(activation=names, decoder_activation=names, **{name: values})
+    drawn = [params for _, params in draws(space, 100)]
+    assert {params["decoder_activation"] for params in drawn} == set(names)
+    for params in drawn:
+        applies = not {params["activation"], params["decoder_activation"]}.isdisjoint(OWN_PARAMETERS[name])
+        assert (name in params) == applies
+
+
+def test_options_of_training_are_searched_like_any_other_parameter():
+    space = space_of(
+        lr_schedule=["constant", "cosine"], normalization=["none", "batch"], precision=["float32", "bfloat16"]
+    )
+    drawn = [params for _, params in draws(space, 60)]
+    assert {params["lr_schedule"] for params in drawn} == {"constant", "cosine"}
+    assert {params["normalization"] for params in drawn} == {"none", "batch"}
+    assert {params["precision"] for params in drawn} == {"float32", "bfloat16"}
 
 
 @pytest.mark.parametrize("activation", ["leaky_relu", ["leaky_relu"]])

@@ -17,7 +17,19 @@ from search.spec import (
     spec_diff,
 )
 from search.study_file import commented_study_file, parse_value, read_study_file
-from vae.config import ActivationName, InputError, ModelConfig, TrainConfig
+from vae.config import (
+    SUPPORTS,
+    ActivationName,
+    ActivationScope,
+    Body,
+    InputError,
+    KlSchedule,
+    LikelihoodName,
+    LrSchedule,
+    ModelConfig,
+    Precision,
+    TrainConfig,
+)
 
 TOML = """
 name = "faces"
@@ -91,7 +103,7 @@ def test_the_defaults_search_the_digits_that_need_no_download():
 
 def test_the_defaults_of_spec_model_and_training_agree():
     """Three places name them; a study of the defaults trains what `ModelConfig` and `TrainConfig` say."""
-    assert StudySpec().model_config_for({}, input_dim=64) == ModelConfig(input_dim=64)
+    assert StudySpec().model_config_for({}, (64,)) == ModelConfig(input_dim=64)
     assert StudySpec().train_config_for({}) == TrainConfig()
 
 
@@ -196,7 +208,14 @@ BAD_VALUES: dict[str, tuple[str, object, list[str]]] = {
     "text for trials": ("budget.trials", "many", ["budget.trials", "many", "integer"]),
     "negative seed": ("seed", -1, ["seed", "0"]),
     "width of 0": ("model.hidden_dims", [128, 0], ["model.hidden_dims", "1"]),
-    "even window": ("model.avg_pool_window", 2, ["avg_pool_window", "odd"]),
+    "even window": ("space.avg_pool_window", 2, ["avg_pool_window", "odd"]),
+    "a range of windows": ("space.avg_pool_window", {"low": 1, "high": 9}, ["space.avg_pool_window", "odd", "list"]),
+    "unknown norm in the space": ("space.normalization", ["none", "bach"], ["space.normalization", "batch"]),
+    "group norm of dense layers": ("model.normalization", "group", ["normalization", "conv"]),
+    "attention of dense layers": ("model.attention", "self_attention", ["attention", "conv"]),
+    "a decoder's activation that is shared": ("space.decoder_activation", "relu", ["activation_scope", "separate"]),
+    "averaging for ever": ("train.ema_decay", 1.0, ["train.ema_decay", "less than 1"]),
+    "standard scores under bernoulli": ("data.scale", "standard", ["standard", "[0, 1]"]),
     "one and a half GPUs": ("resources.gpus_per_trial", 1.5, ["gpus_per_trial", "whole"]),
     "concurrency of 0": ("resources.concurrency", 0, ["concurrency", "1"]),
     "concurrency in words": ("resources.concurrency", "all", ["resources.concurrency", "auto"]),
@@ -426,19 +445,36 @@ SPECS = section(
     ),
     model=section(
         hidden_dims=st.lists(st.integers(1, 512), max_size=4),
-        avg_pool_window=st.integers(0, 9).map(lambda k: 2 * k + 1),
-        activation_dropout=UNIT,
+        body=st.sampled_from(get_args(Body)),
+        channels=st.lists(st.integers(1, 64), min_size=1, max_size=3),
+        normalization=st.sampled_from(["none", "layer", "batch"]),
+        activation_scope=st.sampled_from(get_args(ActivationScope)),
+        likelihood=st.just("bernoulli"),
     ),
-    train=section(beta=UNIT, batch_size=st.integers(1, 512), kl_warmup_epochs=st.integers(0, 9), weight_decay=UNIT),
+    train=section(
+        beta=UNIT,
+        batch_size=st.integers(1, 512),
+        kl_warmup_epochs=st.integers(0, 9),
+        kl_schedule=st.sampled_from(get_args(KlSchedule)),
+        free_bits=UNIT,
+        weight_decay=UNIT,
+        ema_decay=UNIT,
+        precision=st.sampled_from(get_args(Precision)),
+    ),
     space=section(
         activation=st.lists(st.sampled_from(get_args(ActivationName)), min_size=1, max_size=5, unique=True),
         leaky_relu_slope=numbers(0.001, 1),
+        avg_pool_window=st.integers(0, 9).map(lambda k: 2 * k + 1),
+        activation_dropout=numbers(0.001, 0.95),
+        apl_hinges=numbers(1, 8, whole=True),
         dropout=numbers(0.001, 0.95),
         learning_rate=numbers(1e-9, 10),
         latent_dim=numbers(1, 4096, whole=True),
         hidden_width=numbers(1, 512, whole=True),
         hidden_layers=numbers(1, 8, whole=True),
         batch_size=numbers(1, 512, whole=True),
+        lr_schedule=st.sampled_from(get_args(LrSchedule)),
+        ema_decay=numbers(0.001, 0.99),
     ),
     budget=section(trials=st.integers(1, 10**6), max_epochs=st.integers(1, 500)),
     sampler=section(kind=st.sampled_from(["tpe", "random", "gp"])),
@@ -524,14 +560,66 @@ def test_a_diff_tells_keys_that_one_side_alone_has_and_nothing_of_equals():
     assert spec_diff({"a": 1}, {"b": 2}) == ["a: 1 -> unset", "b: unset -> 2"]
 
 
+# ---- what follows from other keys
+
+
+@pytest.mark.parametrize("likelihood", get_args(LikelihoodName))
+def test_rows_are_what_the_likelihood_speaks_of_and_binarised_for_bernoulli_alone(likelihood):
+    config = load_set(model__likelihood=likelihood).data_config()
+    assert config.support == SUPPORTS[likelihood]
+    assert config.binarize == ("dynamic" if likelihood == "bernoulli" else "none")
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "poisson", "negative_binomial"])
+def test_binarised_rows_of_numbers_and_counts_are_refused(likelihood):
+    with pytest.raises(InputError, match="binarize = none"):
+        load_set(model__likelihood=likelihood, data__binarize="static")
+
+
+@pytest.mark.parametrize("scale", ["minmax", "standard"])
+def test_counts_are_not_scaled(scale):
+    with pytest.raises(InputError, match="scale = none"):
+        load_set(model__likelihood="poisson", data__scale=scale)
+
+
+def test_a_decoder_with_an_activation_of_its_own_has_the_choice_of_the_encoder_unless_it_is_given():
+    assert load_set().space.decoder_activation is None
+    both = load_set(model__activation_scope="separate", space__activation=["relu", "silu"])
+    assert both.space.decoder_activation == ("relu", "silu")
+    assert load_set(model__activation_scope="separate").space.decoder_activation == StudySpec().space.activation
+    own = load_set(model__activation_scope="separate", space__decoder_activation="tanh")
+    assert own.space.decoder_activation == "tanh"
+    assert own.model_config_for({"activation": "relu", "decoder_activation": "tanh"}, (4,)).activations == (
+        "relu",
+        "tanh",
+    )
+
+
+def test_images_make_a_convolutional_model_and_flat_rows_none():
+    spec = load_set(model__body="conv", model__channels=[8, 16])
+    assert spec.model_config_for({}, (28, 28)).image_shape == (28, 28)
+    assert spec.model_config_for({}, (8, 8, 3)).input_dim == 192
+    with pytest.raises(ValueError, match="image_shape"):
+        spec.model_config_for({}, (784,))
+
+
+def test_the_largest_models_have_each_activation_at_the_largest_sizes():
+    spec = load_set(
+        space__activation=["relu", "glu"], space__hidden_width=[8, 32], space__latent_dim={"low": 2, "high": 5}
+    )
+    models = list(spec.largest_models((10,)))
+    assert [model.activation for model in models] == ["relu", "glu"]
+    assert {(model.latent_dim, model.hidden_dims) for model in models} == {(5, (32, 32))}
+
+
 # ---- a trial's configs
 
 
 def test_a_draw_over_the_model_section_makes_the_architecture():
-    spec = load_set(model__hidden_dims=[300, 200], model__avg_pool_window=5)
+    spec = load_set(model__hidden_dims=[300, 200], model__normalization="layer")
     params = {"activation": "leaky_relu", "leaky_relu_slope": 0.2, "dropout": 0.1, "latent_dim": 3}
-    config = spec.model_config_for({**params, "learning_rate": 1e-3, "batch_size": 32}, input_dim=10)
-    wanted = ModelConfig(input_dim=10, hidden_dims=(300, 200), avg_pool_window=5, **params)
+    config = spec.model_config_for({**params, "learning_rate": 1e-3, "batch_size": 32}, (10,))
+    wanted = ModelConfig(input_dim=10, hidden_dims=(300, 200), normalization="layer", **params)
     assert config == wanted
 
 
@@ -549,7 +637,7 @@ def test_a_draw_over_the_model_section_makes_the_architecture():
 )
 def test_searched_width_and_depth_stand_in_for_hidden_dims(given, params, hidden):
     spec = load_set(model__hidden_dims=given)
-    assert spec.model_config_for(params, input_dim=4).hidden_dims == hidden
+    assert spec.model_config_for(params, (4,)).hidden_dims == hidden
 
 
 def test_a_draw_over_the_train_section_makes_the_training():

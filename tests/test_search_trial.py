@@ -319,7 +319,7 @@ def test_a_worker_that_met_an_error_is_of_use_for_the_next_trial(make, monkeypat
     expected = epochs(*steps(make(trial_config())))
     used = make(trial_config())
     with monkeypatch.context() as broken:
-        broken.setattr(search.trial, "Trainer", None)
+        broken.setattr(search.trial, "make_trainer", None)
         assert used.step()["status"] == "error"
     used.reset_config(trial_config())
     assert epochs(*steps(used)) == expected

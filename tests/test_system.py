@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from search.results import Study, open_study
+from search.tables import SCHEMAS
 from vae.data import load_data
 from vae.export import read_config
 from vae.training import Trainer
@@ -189,7 +190,7 @@ def assert_whole(study: Study, trials: int) -> None:
         ends = [*study.spec.rungs(), row.max_epochs] if row.state == "PRUNED" else [row.max_epochs]
         assert row.epochs in ends
     left = {path.name for path in study.path.iterdir()}
-    assert left <= {"study.toml", "trials", "epochs", "attempts", "models"}
+    assert left <= {"study.toml", "models", *SCHEMAS}
     assert not [file for folder in study.path.iterdir() for file in folder.glob("*.tmp")]
     healthy = len(study.summary().leaders)
     assert len(study.model_folders()) == min(study.spec.export.top, healthy)
@@ -200,7 +201,7 @@ def assert_retrains(study: Study, trial: int) -> None:
     spec, row = study.spec, study.rows()[trial]
     data = load_data(spec.data_config())
     trainer = Trainer(
-        spec.model_config_for(row.params, data.input_dim), spec.train_config_for(row.params), data, seed=row.seed
+        spec.model_config_for(row.params, data.row_shape), spec.train_config_for(row.params), data, seed=row.seed
     )
     table = study.epochs().sort_by("epoch")
     recorded = table.filter(pa.compute.equal(table["trial"], trial))["val_nelbo"].to_pylist()

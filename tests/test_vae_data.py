@@ -19,8 +19,8 @@ from hypothesis.extra.numpy import arrays
 from pyarrow import parquet
 
 from vae import readers
-from vae.config import DataConfig, InputError
-from vae.data import Dataset, available_sources, load_data
+from vae.config import SUPPORTS, DataConfig, InputError
+from vae.data import Dataset, available_sources, fitting_likelihoods, likelihood_advice, load_data
 
 ROOT = Path(__file__).parents[1]
 MNIST = ROOT.parent / "shared" / "data" / "mnist"
@@ -378,9 +378,7 @@ def test_real_mnist_has_its_known_sizes_and_mean():
     got = load("mnist", data_dir=str(MNIST))
     assert (got.train.shape, got.validation.shape, got.test.shape) == ((54000, 784), (6000, 784), (10000, 784))
     assert got.image_shape == (28, 28)
-    assert got.train_mean.dtype == np.float64
-    assert got.train_mean.shape == (784,)
-    assert got.train_mean.mean() == pytest.approx(0.1307, abs=5e-4)
+    assert got.train.mean(dtype=np.float64) == pytest.approx(0.1307, abs=5e-4)
     assert set(np.unique(got.validation)) == {0.0, 1.0}
 
 
@@ -554,12 +552,12 @@ def test_minmax_of_a_table_is_by_column_and_of_the_training_rows_alone(tmp_path)
     held_out_extremes = 0
     for seed in range(5):
         got = load(path, scale="minmax", binarize="none", seed=seed)
-        undone = got.train * (got.scale_max - got.scale_min) + got.scale_min
+        undone = got.restore(got.train)
         train = table[[np.abs(table - row).sum(axis=1).argmin() for row in undone]]
         np.testing.assert_allclose(undone, train, rtol=0, atol=1e-4)
-        np.testing.assert_array_equal(got.scale_min, train.min(axis=0))
-        np.testing.assert_array_equal(got.scale_max, train.max(axis=0))
-        held_out_extremes += (got.scale_min > table.min(axis=0)).any() or (got.scale_max < table.max(axis=0)).any()
+        np.testing.assert_array_equal(got.shift, train.min(axis=0))
+        np.testing.assert_array_equal(got.factor, train.max(axis=0) - train.min(axis=0))
+        held_out_extremes += (got.shift > table.min(axis=0)).any() or (train.max(axis=0) < table.max(axis=0)).any()
         assert (got.train.min(), got.train[:, :2].max(axis=0).min(), got.train[:, 2].max()) == (0, 1, 0)
         assert together(got).min() >= 0
         assert together(got).max() <= 1
@@ -569,8 +567,8 @@ def test_minmax_of_a_table_is_by_column_and_of_the_training_rows_alone(tmp_path)
 def test_minmax_of_images_is_one_pair(tmp_path):
     images = np.random.default_rng(1).normal(size=(60, 2, 3)) * np.arange(1, 7).reshape(2, 3)
     got = load(save(tmp_path / "x.npy", images), scale="minmax", binarize="none")
-    assert got.scale_min.shape == (6,)
-    assert len(set(got.scale_min)) == len(set(got.scale_max)) == 1
+    assert got.shift.shape == got.factor.shape == (6,)
+    assert len(set(got.shift)) == len(set(got.factor)) == 1
     assert (got.train.min(), got.train.max()) == (0, 1)
 
 
@@ -610,6 +608,229 @@ def test_constant_data_are_refused(tmp_path):
 def test_a_threshold_that_leaves_only_zeros_is_refused(tmp_path, rows):
     with pytest.raises(InputError, match="binarize = 'threshold'"):
         load(save(tmp_path / "x.npy", rows / 2), binarize="threshold")
+
+
+# ---- real numbers and counts
+
+
+REAL = {"support": "real", "binarize": "none"}
+COUNTS = {"support": "counts", "binarize": "none"}
+
+
+@pytest.fixture
+def cancer(tmp_path) -> Path:
+    """scikit-learn's breast cancer table: 569 rows of 30 columns on scales from 1e-3 to 1e3."""
+    from sklearn.datasets import load_breast_cancer
+
+    return save(tmp_path / "cancer.npy", load_breast_cancer().data)
+
+
+def test_tables_of_real_numbers_are_standardised_by_the_training_rows(cancer):
+    got = load(cancer, **REAL)
+    np.testing.assert_allclose(got.train.mean(axis=0, dtype=np.float64), np.zeros(30), atol=1e-6)
+    np.testing.assert_allclose(got.train.std(axis=0, dtype=np.float64), np.ones(30), atol=1e-6)
+    assert np.abs(got.validation.mean(axis=0)).max() > 1e-3
+    np.testing.assert_array_equal(load(cancer, scale="standard", **REAL).train, got.train)
+
+
+@pytest.mark.parametrize("scale", ["auto", "standard", "minmax", "none"])
+def test_restore_undoes_every_scale(cancer, scale):
+    table = np.load(cancer)
+    np.savez(cancer.with_suffix(".npz"), x_train=table[:500], x_test=table[500:])
+    got = load(cancer.with_suffix(".npz"), scale=scale, **REAL)
+    own = got.restore(got.train)
+    assert own.dtype == np.float64
+    train = table[[(np.abs(table - row) / table.std(axis=0)).sum(axis=1).argmin() for row in own]]
+    test = table[500:]
+    if scale == "minmax":
+        assert (test > train.max(axis=0)).any()
+        test = test.clip(train.min(axis=0), train.max(axis=0))
+    spread = train.std(axis=0)
+    for restored, wanted in ((own, train), (got.restore(got.test), test)):
+        np.testing.assert_allclose(restored / spread, wanted / spread, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(got.units.scale(train), got.train, rtol=1e-6)
+    np.testing.assert_allclose(got.units.scale(table[500:]), got.test, rtol=1e-6)
+
+
+def test_a_large_offset_survives_standardising(tmp_path):
+    table = np.random.default_rng(0).normal([1.7e9, -1e-8], [100, 1e-12], (60, 2))
+    got = load(save(tmp_path / "x.npy", table), **REAL)
+    np.testing.assert_allclose(in_order(got.restore(together(got))), in_order(table), rtol=1e-6)
+    np.testing.assert_allclose(got.train.std(axis=0), [1, 1], rtol=1e-5)
+
+
+def test_a_constant_column_is_0_and_standard_never_clips(tmp_path):
+    table = np.random.default_rng(1).normal(size=(40, 3))
+    table[:, 2] = 0.1
+    test = table[:5] * 100
+    np.savez(tmp_path / "x.npz", x_train=table, x_test=test)
+    got = load(tmp_path / "x.npz", **REAL)
+    np.testing.assert_array_equal(got.train[:, 2], 0)
+    assert (got.shift[2], got.factor[2]) == (0.1, 1)
+    np.testing.assert_allclose(got.restore(got.test), test, rtol=1e-6)
+    assert np.abs(got.test).max() > 20
+
+
+def test_images_are_standardised_by_one_mean_and_spread(tmp_path):
+    images = np.random.default_rng(1).normal(size=(60, 2, 3)) * np.arange(1, 7).reshape(2, 3)
+    got = load(save(tmp_path / "x.npy", images), scale="standard", **REAL)
+    assert len(set(got.shift)) == len(set(got.factor)) == 1
+    assert got.train.mean() == pytest.approx(0, abs=1e-6)
+    assert got.train.std() == pytest.approx(1, abs=1e-6)
+    np.testing.assert_allclose(
+        in_order(got.restore(together(got))), in_order(images.reshape(60, 6)), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_images_of_real_numbers_stay_as_they_are_and_bytes_are_divided(tmp_path):
+    images = np.random.default_rng(1).normal(size=(60, 2, 3))
+    got = load(save(tmp_path / "x.npy", images), **REAL)
+    np.testing.assert_array_equal(together(got), in_order(images.reshape(60, 6).astype(np.float32)))
+    assert got.shift is None
+    digits = load("digits", **REAL)
+    np.testing.assert_array_equal(np.unique(together(digits)), np.arange(17, dtype=np.float32) / 16)
+    np.testing.assert_array_equal(np.unique(digits.restore(digits.train)), np.arange(17))
+    np.testing.assert_array_equal(digits.units.scale(digits.restore(digits.train)), digits.train)
+
+
+@pytest.mark.parametrize("scale", ["auto", "none", "minmax"])
+def test_values_beyond_float32_are_refused_where_the_scale_does_not_help(tmp_path, rows, scale):
+    rows[3, 1] = 1e200
+    path = save(tmp_path / "x.npy", rows.reshape(40, 3, 1))
+    if scale == "minmax":
+        assert load(path, scale=scale, **REAL).train.max() == 1
+    else:
+        with pytest.raises(InputError, match=r"beyond float32; .*minmax"):
+            load(path, scale=scale, **REAL)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    arrays(
+        np.float64,
+        st.tuples(st.integers(6, 20), st.integers(2, 5)),
+        elements=st.floats(-1e300, 1e300, allow_nan=False),
+    )
+)
+def test_any_finite_table_is_standardised_to_finite_rows_or_refused(tmp_path_factory, table):
+    path = save(tmp_path_factory.mktemp("any") / "x.npy", table)
+    try:
+        got = load(path, **REAL)
+    except InputError as error:
+        assert re.search("every value|beyond float32", str(error))  # noqa: PT017
+        return
+    assert np.isfinite(together(got)).all()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float64])
+def test_counts_stay_as_they_are(tmp_path, dtype):
+    counts = np.random.default_rng(0).poisson([1, 20, 100], (40, 3)).astype(dtype)
+    got = load(save(tmp_path / "x.npy", counts), **COUNTS)
+    np.testing.assert_array_equal(together(got), in_order(counts.astype(np.float32)))
+    assert got.train.dtype == np.float32
+    assert got.shift is got.factor is None
+    np.testing.assert_array_equal(got.restore(got.train), got.train)
+
+
+def test_bytes_of_images_may_be_counts():
+    np.testing.assert_array_equal(np.unique(together(load("digits", **COUNTS))), np.arange(17))
+
+
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [
+        (-1, r'row 3, column 1, .* is -1\.0, and counts are whole .*model\.likelihood = "gaussian"'),
+        (2.5, r'row 3, column 1, .* is 2\.5, and counts are whole .*model\.likelihood = "gaussian"'),
+        (2.0**25, r"row 3, column 1, .* is 33554432\.0, beyond the 16777216 "),
+        (np.nan, "is NaN"),
+    ],
+)
+def test_what_is_no_count_is_placed_and_the_likelihood_that_fits_is_named(tmp_path, value, match):
+    counts = np.random.default_rng(0).poisson(5, (40, 3)).astype(float)
+    counts[3, 1] = value
+    with pytest.raises(InputError, match=match) as caught:
+        load(save(tmp_path / "x.npy", counts), **COUNTS)
+    assert 1 <= len(str(caught.value).splitlines()) <= 3
+
+
+def test_grey_values_as_counts_name_the_continuous_bernoulli(tmp_path, rows):
+    with pytest.raises(InputError, match=r'is 0\.\d+, .*model\.likelihood = "continuous_bernoulli"'):
+        load(save(tmp_path / "x.npy", rows), **COUNTS)
+
+
+@pytest.mark.parametrize(("value", "other"), [(7, "poisson"), (7.5, "gaussian"), (-7, "gaussian")])
+def test_values_outside_the_unit_interval_name_the_likelihood_that_fits(tmp_path, value, other):
+    table = np.eye(9, 4)
+    table[5, 2] = value
+    with pytest.raises(InputError, match=rf'outside \[0, 1\] .*model\.likelihood = "{other}"') as caught:
+        load(save(tmp_path / "x.npy", table))
+    assert 1 <= len(str(caught.value).splitlines()) <= 3
+
+
+# ---- which likelihood
+
+
+def advice(likelihood: str, source: object, **settings: object) -> str | None:
+    """As a study would load the data for it."""
+    support = SUPPORTS[likelihood]  # type: ignore[index]
+    data = load(source, **{"support": support, "binarize": "none", **settings})
+    text = likelihood_advice(likelihood, data)
+    assert (text is None) or "\n" not in text
+    return text
+
+
+def test_grey_digits_are_no_bernoulli_variables():
+    text = advice("bernoulli", "digits")
+    assert "compare with each other alone" in text
+    assert 'model.likelihood = "continuous_bernoulli"' in text
+    for binarize in ("threshold", "static", "dynamic"):
+        assert advice("bernoulli", "digits", binarize=binarize) is None
+        assert 'model.likelihood = "bernoulli"' in advice("continuous_bernoulli", "digits", binarize=binarize)
+    assert advice("continuous_bernoulli", "digits") is None
+    assert advice("gaussian", "digits") is None
+    assert advice("gaussian", "digits", scale="standard") is None
+    assert advice("negative_binomial", "digits") is None
+    assert 'model.likelihood = "negative_binomial"' in advice("poisson", "digits")
+    assert fitting_likelihoods(load("digits", binarize="none"))[0] == "continuous_bernoulli"
+
+
+def test_measurements_are_gaussian(cancer):
+    assert advice("gaussian", cancer) is None
+    assert advice("gaussian", cancer, scale="minmax") is None
+    assert advice("continuous_bernoulli", cancer, scale="minmax") is None
+    assert 'model.likelihood = "continuous_bernoulli"' in advice("bernoulli", cancer, scale="minmax")
+    assert fitting_likelihoods(load(cancer, **REAL)) == ("gaussian",)
+
+
+@pytest.mark.parametrize("scale", ["auto", "none", "minmax"])
+def test_zeros_and_ones_are_bernoulli_variables(tmp_path, scale):
+    path = save(tmp_path / "x.npy", (np.random.default_rng(0).random((80, 5)) < 0.3).astype(np.int64))
+    for name in SUPPORTS:
+        text = advice(name, path, scale="auto" if SUPPORTS[name] == "counts" else scale)
+        if name == "bernoulli":
+            assert text is None
+        else:
+            assert "0 and 1 alone" in text
+            assert 'model.likelihood = "bernoulli"' in text
+    assert fitting_likelihoods(load(path)) == ("bernoulli",)
+
+
+def test_counts_are_told_from_measurements_and_from_each_other(tmp_path):
+    rng = np.random.default_rng(0)
+    rates = rng.lognormal(0, 0.6, (400, 1)) * rng.lognormal(1, 1, 30)
+    poisson = save(tmp_path / "poisson.npy", rng.poisson(rates))
+    spread = save(tmp_path / "spread.npy", rng.poisson(rates * rng.gamma(1, 1, rates.shape)))
+    assert advice("poisson", poisson) is None
+    assert advice("negative_binomial", poisson) is None
+    assert advice("negative_binomial", spread) is None
+    text = advice("poisson", spread)
+    assert re.search(r"vary \d+\.\d times as much as Poisson", text)
+    assert 'model.likelihood = "negative_binomial"' in text
+    for scale in ("auto", "none", "minmax"):
+        assert 'model.likelihood = "poisson"' in advice("gaussian", poisson, scale=scale)
+        assert 'model.likelihood = "negative_binomial"' in advice("gaussian", spread, scale=scale)
+    assert fitting_likelihoods(load(poisson, **COUNTS)) == ("poisson", "negative_binomial")
+    assert fitting_likelihoods(load(spread, **COUNTS)) == ("negative_binomial",)
 
 
 # ---- splits
@@ -688,7 +909,7 @@ def test_static_and_dynamic_share_validation_and_test_and_dynamic_keeps_training
     static, dynamic = load(grey_file, binarize="static"), load(grey_file, binarize="dynamic")
     np.testing.assert_array_equal(static.validation, dynamic.validation)
     np.testing.assert_array_equal(static.test, dynamic.test)
-    np.testing.assert_allclose(dynamic.train_mean, np.linspace(0, 1, 50), atol=1e-7)
+    np.testing.assert_allclose(dynamic.train.mean(axis=0, dtype=np.float64), np.linspace(0, 1, 50), atol=1e-7)
     np.testing.assert_array_equal(dynamic.train, load(grey_file, binarize="none").train)
     other = load(grey_file, binarize="dynamic", seed=1)
     assert (dynamic.validation != other.validation).any()

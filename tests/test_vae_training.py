@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import math
 import pickle
 from collections.abc import Iterator
 
@@ -13,6 +14,7 @@ import vae.training
 from vae.config import DataConfig, ModelConfig, TrainConfig
 from vae.data import Dataset, load_data
 from vae.model import VAE
+from vae.objective import evaluate
 from vae.training import Diverged, EpochMetrics, Trainer
 
 TIMES = ("wall_s", "samples_per_s")
@@ -47,14 +49,27 @@ def tiny() -> Dataset:
         fingerprint="0" * 64,
         image_shape=(2, 3),
         columns=None,
-        scale_min=None,
-        scale_max=None,
+        shift=None,
+        factor=None,
     )
 
 
-def make(data: Dataset, *, seed: int = 0, activation: str = "silu", dropout: float = 0.2, **train: object) -> Trainer:
+def make(
+    data: Dataset,
+    *,
+    seed: int = 0,
+    activation: str = "silu",
+    dropout: float = 0.2,
+    normalization: str = "none",
+    **train: object,
+) -> Trainer:
     model = ModelConfig(
-        input_dim=data.input_dim, latent_dim=3, hidden_dims=(8,), activation=activation, dropout=dropout
+        input_dim=data.input_dim,
+        latent_dim=3,
+        hidden_dims=(8,),
+        activation=activation,
+        dropout=dropout,
+        normalization=normalization,
     )
     return Trainer(model, TrainConfig(**{"batch_size": 20, "max_epochs": 6, **train}), data, seed=seed)
 
@@ -144,32 +159,34 @@ def test_read_only_arrays_are_wrapped_without_a_copy_and_left_alone(tiny):
     assert np.array_equal(tiny.train, before)
 
 
-def test_grey_rows_are_drawn_anew_in_each_batch_when_dynamic_and_only_then(tiny, monkeypatch):
-    seen = []
+def seen_in_training(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Fills with the rows and the noise of every training step from now on."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    forward = VAE.forward
 
     def spy(model, x, noise):
-        seen.append(x.clone())
-        return vae.objective.elbo_terms(model, x, noise)
+        if model.training:
+            seen.append((x.clone(), noise.clone()))
+        return forward(model, x, noise)
 
-    monkeypatch.setattr(vae.training, "elbo_terms", spy)
+    monkeypatch.setattr(VAE, "forward", spy)
+    return seen
+
+
+def test_grey_rows_are_drawn_anew_in_each_batch_when_dynamic_and_only_then(tiny, monkeypatch):
+    seen = seen_in_training(monkeypatch)
     make(tiny, batch_size=41).train_epoch()
-    assert set(seen[0].unique().tolist()) == {0.0, 1.0}
+    assert set(seen[0][0].unique().tolist()) == {0.0, 1.0}
     flat = dataclasses.replace(tiny, train=np.full((20_000, 2), 0.3, np.float32), validation=tiny.validation[:, :2])
     make(flat, batch_size=20_000).train_epoch()
-    assert seen[1].mean().item() == pytest.approx(0.3, abs=0.01)
+    assert seen[1][0].mean().item() == pytest.approx(0.3, abs=0.01)
     none = dataclasses.replace(tiny, config=DataConfig(source="tiny.npy", binarize="none"))
     make(none, batch_size=41).train_epoch()
-    assert set(seen[2].unique().tolist()) == set(np.unique(tiny.train).tolist())
+    assert set(seen[2][0].unique().tolist()) == set(np.unique(tiny.train).tolist())
 
 
 def test_every_epoch_draws_its_own_order_and_noise(tiny, monkeypatch):
-    seen = []
-
-    def spy(model, x, noise):
-        seen.append((x.clone(), noise.clone()))
-        return vae.objective.elbo_terms(model, x, noise)
-
-    monkeypatch.setattr(vae.training, "elbo_terms", spy)
+    seen = seen_in_training(monkeypatch)
     grey = dataclasses.replace(tiny, config=DataConfig(source="tiny.npy", binarize="none"))
     trainer = make(grey, batch_size=41)
     trainer.train_epoch()
@@ -253,19 +270,54 @@ def test_the_baseline_is_that_of_the_validation_split(tiny):
     assert make(tiny).no_latent_nelbo == pytest.approx(losses.mean(), rel=1e-9)
 
 
-def test_a_poisoned_row_raises_diverged_in_its_step_with_finite_weights(tiny):
-    train = tiny.train.copy()
-    train[7, 3] = np.nan
+def poisoned(data: Dataset, rows: object, **train: object) -> Trainer:
+    """A trainer of some rows that are not finite."""
+    values = data.train.copy()
+    values[rows, 3] = np.nan
     config = DataConfig(source="tiny.npy", binarize="none")
-    trainer = make(dataclasses.replace(tiny, train=train, config=config), batch_size=1)
+    trainer = make(dataclasses.replace(data, train=values, config=config), batch_size=1, **train)
     with torch.no_grad():  # the output bias was taken from the poisoned mean
         trainer.model.outputs.bias.zero_()
+    return trainer
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_counted(tiny):
+    trainer = poisoned(tiny, [7, 20])
+    metrics = list(trainer)
+    assert [epoch.skipped_steps for epoch in metrics] == [2] * 6
+    assert all(math.isfinite(epoch.train_nelbo) for epoch in metrics)
+    assert metrics[-1].train_nelbo < metrics[0].train_nelbo
+    assert trainer.steps == 6 * 41
+    assert weights(trainer).isfinite().all()
+
+
+def test_too_many_such_steps_in_a_row_are_a_divergence_in_the_first_of_them(tiny):
+    trainer = poisoned(tiny, slice(None), max_skipped_steps=10)
+    before = weights(trainer)
+    with pytest.raises(Diverged, match="loss is nan, first in input") as caught:
+        trainer.train_epoch()
+    assert (caught.value.epoch, caught.value.step, caught.value.layer) == (1, 1, "input")
+    assert trainer.steps == 11
+    assert torch.equal(weights(trainer), before)
+
+
+def test_a_poisoned_row_raises_diverged_in_its_step_with_finite_weights_where_none_may_be_left_out(tiny):
+    trainer = poisoned(tiny, 7, max_skipped_steps=0)
     with pytest.raises(Diverged, match="loss is nan") as caught:
         trainer.train_epoch()
     assert caught.value.epoch == 1
     assert 1 <= caught.value.step <= 41
-    assert caught.value.step == trainer.state_dict()["step"] + 1
+    assert caught.value.step == trainer.state_dict()["step"]
     assert weights(trainer).isfinite().all()
+
+
+def test_the_layer_that_was_first_not_finite_is_named(tiny):
+    trainer = make(tiny)
+    with torch.no_grad():
+        trainer.model.decoder[0].linear.weight.fill_(torch.inf)
+    with pytest.raises(Diverged) as caught:
+        trainer.train_epoch()
+    assert caught.value.layer == "decoder.0"
 
 
 @pytest.mark.parametrize("activation", ["relu", "exponential"])
@@ -282,8 +334,9 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_raises_diverged(tiny)
     trainer = make(tiny)
     trainer.model.outputs.bias.register_hook(lambda gradient: gradient * np.inf)
     before = weights(trainer)
-    with pytest.raises(Diverged, match="gradient norm is"):
+    with pytest.raises(Diverged, match="gradient norm is") as caught:  # no step of the epoch was finite
         trainer.train_epoch()
+    assert caught.value.step == 1
     assert torch.equal(weights(trainer), before)
 
 
@@ -296,9 +349,10 @@ def test_a_validation_value_that_is_not_finite_is_a_divergence(tiny):
 
 
 def test_diverged_survives_pickling():
-    error = pickle.loads(pickle.dumps(Diverged(2, 31, "loss is nan")))
-    assert (error.epoch, error.step, error.reason) == (2, 31, "loss is nan")
-    assert str(error) == "diverged in epoch 2, step 31: loss is nan"
+    error = pickle.loads(pickle.dumps(Diverged(2, 31, "loss is nan", "mu")))
+    assert (error.epoch, error.step, error.reason, error.layer) == (2, 31, "loss is nan", "mu")
+    assert str(error) == "diverged in epoch 2, step 31: loss is nan, first in mu"
+    assert str(Diverged(2, 31, "loss is nan")) == "diverged in epoch 2, step 31: loss is nan"
 
 
 def test_a_model_of_another_width_than_the_data_is_refused(tiny):
@@ -341,9 +395,109 @@ def test_digits_are_learned(digits):
 
 @pytest.mark.parametrize("activation", sorted(vae.ACTIVATIONS))
 def test_every_activation_trains_to_below_the_baseline(digits, activation):
-    model = ModelConfig(input_dim=64, activation=activation)
+    squares = activation == "relu2"  # without normalisation its signal vanishes with depth, and the latents with it
+    model = ModelConfig(input_dim=64, activation=activation, normalization="layer" if squares else "none")
     trainer = Trainer(model, TrainConfig(max_epochs=15), digits, seed=0)
     assert list(trainer)[-1].val_nelbo < trainer.no_latent_nelbo
+
+
+# ---- options
+
+
+def test_averaged_weights_are_the_average_by_hand_and_are_what_is_validated_and_resumed(tiny):
+    trainer = make(tiny, ema_decay=0.9, dropout=0.0)
+    expected, step = weights(trainer), 0
+    taken = trainer.optimizer.step
+
+    def spy(*args: object) -> None:
+        nonlocal expected, step
+        taken(*args)
+        step += 1
+        weight = min(0.9, (1 + step) / (10 + step))
+        expected = weight * expected + (1 - weight) * weights(trainer)
+
+    trainer.optimizer.step = spy
+    first = [trainer.train_epoch() for _ in range(2)]
+    result = torch.nn.utils.parameters_to_vector(trainer.result.parameters()).detach()
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(result, weights(trainer))
+    assert first[-1].val_nelbo == evaluate(trainer.result, trainer._validation, trainer._noise).nelbo
+    state = trainer.state_dict()
+    trainer.optimizer.step = taken
+    resumed = make(tiny, ema_decay=0.9, dropout=0.0)
+    resumed.load_state_dict(state)
+    assert figures(resumed.train_epoch()) == figures(trainer.train_epoch())
+
+
+def test_averaging_takes_running_statistics_along(tiny):
+    trainer = make(tiny, ema_decay=0.9, normalization="batch")
+    list(trainer)
+    raw, averaged = (dict(model.named_buffers()) for model in (trainer.model, trainer.result))
+    for name, value in raw.items():
+        assert torch.equal(value, averaged[name]) == name.endswith("num_batches_tracked")
+
+
+def test_a_batch_of_one_row_is_left_out_under_batch_normalisation(tiny):
+    trainer = make(tiny, normalization="batch")  # 41 rows in batches of 20
+    trainer.train_epoch()
+    assert trainer.steps == 2
+    assert make(tiny).train_epoch().skipped_steps == 0
+
+
+def test_training_in_bfloat16_is_validated_in_float32_and_its_effect_is_small_and_told(digits):
+    model = ModelConfig(input_dim=64, activation="silu")
+    values = {}
+    for precision in ("float32", "bfloat16"):
+        trainer = Trainer(model, TrainConfig(max_epochs=10, precision=precision), digits, seed=0)
+        values[precision] = list(trainer)[-1].val_nelbo
+        effect = trainer.diagnose().precision_effect
+        assert (effect is None) == (precision == "float32")
+        assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert values["float32"] != values["bfloat16"]
+    assert values["bfloat16"] == pytest.approx(values["float32"], abs=0.5)
+    assert 0 < abs(effect) < 0.2
+
+
+def test_free_bits_leave_more_latents_in_use_at_a_price(digits):
+    kls = []
+    for free_bits in (0.0, 1.0):
+        config = TrainConfig(max_epochs=6, free_bits=free_bits, kl_warmup_epochs=0)
+        last = list(Trainer(ModelConfig(input_dim=64, latent_dim=8), config, digits, seed=0))[-1]
+        kls.append(last.val_kl)
+    assert kls[1] > max(kls[0], 5)
+
+
+def test_diagnosing_changes_nothing_of_the_training(tiny):
+    plain, looked_at = make(tiny), make(tiny)
+    looked_at.diagnose()
+    for expected in plain:
+        assert figures(looked_at.train_epoch()) == figures(expected)
+        probed = looked_at.diagnose()
+        assert probed.epoch == expected.epoch
+        assert probed.diagnostics.active_units == expected.active_units
+        assert probed.diagnostics.rate == pytest.approx(expected.val_kl, rel=1e-5)
+
+
+def test_the_generalization_gap_of_rows_that_are_also_validated_is_none(tiny):
+    same = dataclasses.replace(tiny, train=tiny.validation, config=dataclasses.replace(tiny.config, binarize="static"))
+    trainer = make(same)
+    trainer.train_epoch()
+    assert trainer.diagnose().generalization_gap == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("attention", ["none", "squeeze_excitation", "self_attention"])
+@pytest.mark.parametrize("normalization", ["none", "group", "batch"])
+def test_convolutions_learn_the_digits_and_resume_to_the_bit(digits, attention, normalization):
+    model = ModelConfig(
+        input_dim=64, image_shape=(8, 8), body="conv", channels=(8, 16), hidden_dims=(32,), latent_dim=4,
+        attention=attention, normalization=normalization,
+    )  # fmt: skip
+    trainer, again = (Trainer(model, TrainConfig(max_epochs=4), digits, seed=0) for _ in range(2))
+    first = trainer.train_epoch()
+    again.load_state_dict(trainer.state_dict())
+    last = list(trainer)[-1]
+    assert last.val_nelbo < first.val_nelbo
+    assert figures(list(again)[-1]) == figures(last)
 
 
 @pytest.mark.gpu

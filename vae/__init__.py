@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vae.activations import ACTIVATIONS
+    from vae.adversarial import make_trainer
     from vae.config import DataConfig, InputError, ModelConfig, TrainConfig
     from vae.data import load_data
-    from vae.export import load, read_config
+    from vae.export import load, read_config, read_units
     from vae.model import VAE
-    from vae.objective import evaluate, fixed_noise
+    from vae.objective import evaluate, fixed_noise, importance_weighted
     from vae.training import Trainer
 
 _HOME = {
@@ -22,9 +23,12 @@ _HOME = {
     "VAE": "vae.model",
     "evaluate": "vae.objective",
     "fixed_noise": "vae.objective",
+    "importance_weighted": "vae.objective",
     "load": "vae.export",
     "load_data": "vae.data",
+    "make_trainer": "vae.adversarial",
     "read_config": "vae.export",
+    "read_units": "vae.export",
 }
 
 __all__ = [
@@ -37,9 +41,12 @@ __all__ = [
     "Trainer",
     "evaluate",
     "fixed_noise",
+    "importance_weighted",
     "load",
     "load_data",
+    "make_trainer",
     "read_config",
+    "read_units",
 ]
 
 

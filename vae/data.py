@@ -1,4 +1,4 @@
-"""Sources of data -> `Dataset`: rows in [0, 1], split into training, validation and test, and binarised.
+"""Sources of data -> `Dataset`: rows fit for a likelihood, split into training, validation and test, and binarised.
 
 Every random choice has a stream of its own under `DataConfig.seed`, so that the
 validation and test rows are the same bits whether the training rows are binarised once or at every batch.
@@ -7,23 +7,52 @@ validation and test rows are the same bits whether the training rows are binaris
 import hashlib
 import importlib.util
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from vae.config import DataConfig, InputError
+from vae.config import DataConfig, InputError, LikelihoodName
 from vae.readers import IDX_SOURCES, find_idx, open_idx, read_source
 
 _CHANNELS = ((), (1,), (3,), (4,))
 _IMAGE_ARRAYS = "(rows, height, width) or (rows, height, width, channels)"
 _BLOCK_ROWS = 4096  # rows worked on at once where a temporary is needed: bounds memory, changes no result
+_MAX_COUNT = 2**24
+_OVERDISPERSED = 2.0  # variance over mean beyond which counts speak against a Poisson distribution
 _SPLIT_STREAM, _TRAIN_STREAM, _VALIDATION_STREAM, _TEST_STREAM = range(4)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Units:
+    """Between the data's own units and the rows of a model: own = row * factor + shift, by feature."""
+
+    shift: np.ndarray | None  # (X,) float64; None, as the other: the rows are in the data's own units
+    factor: np.ndarray | None  # (X,) float64; 0 for a feature that is constant in training under scale = minmax
+    clip: bool  # whether rows end at 0 and 1, as under scale = minmax
+
+    def scale(self, own: np.ndarray) -> np.ndarray:
+        """(N, X) in the data's own units -> float32 rows as the model was trained on, before any binarisation."""
+        if self.shift is None or self.factor is None:
+            return np.array(own, dtype=np.float32)
+        factor = np.where(self.factor == 0, np.inf, self.factor)
+        rows = np.empty(own.shape, np.float32)
+        with np.errstate(over="ignore"):  # of float32; load_data looks for what became infinite
+            for block in _blocks(len(own)):  # in float64: small spans far from 0 are lost in float32
+                scaled = (own[block] - self.shift) / factor
+                rows[block] = scaled.clip(0, 1) if self.clip else scaled
+        return rows
+
+    def restore(self, rows: np.ndarray) -> np.ndarray:
+        """(N, X) rows, or means of them, -> float64 in the data's own units."""
+        own = np.array(rows, dtype=np.float64)
+        return own if self.shift is None or self.factor is None else own * self.factor + self.shift
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Three splits of rows in [0, 1]: float32, C-contiguous. X is the number of features of a row."""
+    """Three splits of rows on `config.support`: float32, C-contiguous. X is the number of features of a row."""
 
     config: DataConfig
     train: np.ndarray  # (N, X): grey under binarize = dynamic (the trainer draws), else as trained on
@@ -32,21 +61,40 @@ class Dataset:
     fingerprint: str  # SHA-256 of dtype, shape and bytes of the arrays read, before any scaling or split
     image_shape: tuple[int, ...] | None  # (H, W) or (H, W, C); None for tables
     columns: tuple[str, ...] | None  # names of a table's columns
-    scale_min: np.ndarray | None  # (X,) float64, of scale = minmax: x * (scale_max - scale_min) + scale_min
-    scale_max: np.ndarray | None  # undoes it
+    shift: np.ndarray | None  # (X,) float64: x * factor + shift is in the data's own units; None: x is already
+    factor: np.ndarray | None
 
     @property
     def input_dim(self) -> int:
         return self.train.shape[1]
 
     @property
-    def train_mean(self) -> np.ndarray:
-        """(X,) float64: the mean of the rows as trained on; under dynamic draws that is the grey mean."""
-        return self.train.mean(axis=0, dtype=np.float64)
+    def row_shape(self) -> tuple[int, ...]:
+        """(X,) of tables, the shape of one image of images."""
+        return (self.input_dim,) if self.image_shape is None else self.image_shape
+
+    @property
+    def units(self) -> Units:
+        return Units(self.shift, self.factor, clip=self.config.scale == "minmax")
+
+    def restore(self, rows: np.ndarray) -> np.ndarray:
+        """(N, X) rows -> float64 in the data's own units; what was clipped or binarised does not come back."""
+        return self.units.restore(rows)
 
     @property
     def nbytes(self) -> int:
         return self.train.nbytes + self.validation.nbytes + self.test.nbytes
+
+
+@dataclass(frozen=True)
+class _Values:
+    """What the rows are, as far as their likelihood is concerned."""
+
+    binary: bool  # 0 and 1 alone, as trained on
+    whole: bool  # whole numbers from 0, in the data's own units
+    pixels: bool  # images of 8 bits
+    unit: bool  # rows in [0, 1]
+    dispersion: float  # of whole numbers: variance over mean, 1 for Poisson counts of rows of unlike totals
 
 
 @dataclass(frozen=True)
@@ -70,23 +118,36 @@ def load_data(config: DataConfig) -> Dataset:
     picks = _split(label, [len(table) for table in tables], config)
 
     low, high = min(table.min() for table in tables), max(table.max() for table in tables)
-    divided = config.scale == "auto" and tables[0].dtype == np.uint8 and high > 1
+    divided = config.scale == "auto" and config.support != "counts" and tables[0].dtype == np.uint8 and high > 1
+    divided = divided and (config.support == "unit" or image_shape is not None)
     for name, table in zip((label, f"{label} (test split)"), tables, strict=False):
         _check_finite(name, table, columns)
-        if config.scale != "minmax" and not divided:
+        if config.support == "counts":
+            _check_counts(name, table, columns)
+        elif config.support == "unit" and config.scale != "minmax" and not divided:
             _check_range(name, table, columns)
     if low == high:
         raise InputError(f"{label}: every value is {low}; there is nothing to learn from constant data")
 
     homes = (tables[0], tables[0], tables[-1])  # a split's rows are picked from its home
     rows = [home[pick] for home, pick in zip(homes, picks, strict=True)]
-    scale_min = scale_max = None
+    shift = factor = None
+    standardised = config.scale == "auto" and config.support == "real" and image_shape is None
     if config.scale == "minmax":
-        scale_min, scale_max = _range_of(rows[0], per_column=image_shape is None)
-        grey = [_minmax(part, scale_min, scale_max) for part in rows]
+        shift, most = _range_of(rows[0], per_column=image_shape is None)
+        factor = most - shift
+    elif config.scale == "standard" or standardised:
+        shift, factor = _moments_of(rows[0], per_column=image_shape is None)
+    if shift is not None and factor is not None:
+        grey = [Units(shift, factor, clip=config.scale == "minmax").scale(part) for part in rows]
     else:
         divisor = np.float32(source.full_scale if divided else 1)
-        grey = [np.divide(part, divisor, dtype=np.float32, casting="same_kind") for part in rows]
+        with np.errstate(over="ignore"):  # told below
+            grey = [np.divide(part, divisor, dtype=np.float32, casting="same_kind") for part in rows]
+        if divided:
+            shift, factor = np.zeros(len(grey[0][0])), np.full(len(grey[0][0]), float(divisor))
+    for name, part in zip(("training", "validation", "test"), grey, strict=True):
+        _check_float32(f"{label} ({name} rows, scaled)", part, columns)
     train, validation, test = _binarize(grey, config)
     if train.min() == train.max():
         raise InputError(
@@ -94,7 +155,38 @@ def load_data(config: DataConfig) -> Dataset:
             f"binarize = {config.binarize!r}; set data.scale or data.binarize otherwise"
         )
     fingerprint = _fingerprint(arrays)
-    return Dataset(config, train, validation, test, fingerprint, image_shape, columns, scale_min, scale_max)
+    return Dataset(config, train, validation, test, fingerprint, image_shape, columns, shift, factor)
+
+
+def fitting_likelihoods(data: Dataset) -> tuple[LikelihoodName, ...]:
+    """Those under which the data, as they are loaded, have a likelihood; the first is the usual choice."""
+    return _fitting(_values(data))
+
+
+def likelihood_advice(likelihood: str, data: Dataset) -> str | None:
+    """A line of warning where the data speak for another family, with the key that would do; None where it fits."""
+    values = _values(data)
+    fitting = _fitting(values)
+    if likelihood in fitting:
+        return None
+    remedy = f'set model.likelihood = "{fitting[0]}"'
+    if values.binary:
+        if likelihood == "continuous_bernoulli" and data.config.binarize != "none":
+            remedy += ', or data.binarize = "none"'
+        return f"the data are 0 and 1 alone, to which {likelihood} gives no probabilities; {remedy}"
+    if likelihood == "bernoulli" and data.config.binarize == "none":
+        return (
+            "grey values have no likelihood under bernoulli: its values compare with each other alone; "
+            f'set model.likelihood = "{_fitting(replace(values, whole=False))[0]}", or data.binarize = "dynamic"'
+        )
+    if likelihood == "poisson" and values.whole:
+        return (
+            f"the counts vary {values.dispersion:.1f} times as much as Poisson counts of one rate a column; "
+            'if that is not all due to their latents, set model.likelihood = "negative_binomial"'
+        )
+    if likelihood == "gaussian" and values.whole and not values.pixels:
+        return f"the data are whole numbers from 0; if they count something, {remedy}"
+    return None
 
 
 def available_sources(data_dir: str | None = None) -> list[SourceStatus]:
@@ -192,10 +284,39 @@ def _check_range(label: str, table: np.ndarray, columns: tuple[str, ...] | None)
         return
     place, value = _first(label, table, (table < 0) | (table > 1), columns)
     remedy = "auto" if table.dtype == np.uint8 else "minmax"
+    other = "poisson" if _is_whole(table) else "gaussian"
     raise InputError(
         f"{place} is {value}, outside [0, 1] (the data span {table.min()} to {table.max()}); "
-        f'set data.scale = "{remedy}"'
+        f'set data.scale = "{remedy}", or model.likelihood = "{other}"'
     )
+
+
+def _check_counts(label: str, table: np.ndarray, columns: tuple[str, ...] | None) -> None:
+    if not _is_whole(table):
+        place, value = _first(label, table, (table < 0) | (table != np.floor(table)), columns)
+        other = "continuous_bernoulli" if table.min() >= 0 and table.max() <= 1 else "gaussian"
+        raise InputError(f'{place} is {value}, and counts are whole numbers from 0; set model.likelihood = "{other}"')
+    if table.max() > _MAX_COUNT:
+        place, value = _first(label, table, table > _MAX_COUNT, columns)
+        raise InputError(
+            f"{place} is {value}, beyond the {_MAX_COUNT} to which float32 counts exactly; "
+            'count in thousands, or set model.likelihood = "gaussian"'
+        )
+
+
+def _is_whole(table: np.ndarray) -> bool:
+    """Whether all values are whole numbers from 0."""
+    if table.min() < 0:
+        return False
+    blocks = (table[block] for block in _blocks(len(table)))
+    return table.dtype.kind in "iu" or all((block == np.floor(block)).all() for block in blocks)
+
+
+def _check_float32(label: str, rows: np.ndarray, columns: tuple[str, ...] | None) -> None:
+    if np.isfinite([rows.min(), rows.max()]).all():
+        return
+    place, _ = _first(label, rows, ~np.isfinite(rows), columns)
+    raise InputError(f'{place} is beyond float32; drop such rows, or set data.scale = "minmax"')
 
 
 def _first(label: str, table: np.ndarray, bad: np.ndarray, columns: tuple[str, ...] | None) -> tuple[str, Any]:
@@ -205,7 +326,55 @@ def _first(label: str, table: np.ndarray, bad: np.ndarray, columns: tuple[str, .
     return f"{label}: row {row}, column {column}{name}, both counted from 0,", table[row, column]
 
 
+# ---- judging
+
+
+def _fitting(values: _Values) -> tuple[LikelihoodName, ...]:
+    if values.binary:
+        return ("bernoulli",)
+    fitting: list[LikelihoodName] = []
+    if values.unit and (values.pixels or not values.whole):
+        fitting.append("continuous_bernoulli")
+    if values.pixels or not values.whole:
+        fitting.append("gaussian")
+    if values.whole:
+        fitting += ["poisson", "negative_binomial"] if values.dispersion < _OVERDISPERSED else ["negative_binomial"]
+    return tuple(fitting)
+
+
+def _values(data: Dataset) -> _Values:
+    """By the training rows."""
+    if data.config.binarize != "none":
+        return _Values(binary=True, whole=True, pixels=False, unit=True, dispersion=1.0)
+    binary = whole = True
+    most = 0.0
+    for block in _blocks(len(data.train)):
+        rows = data.train[block]
+        own = data.restore(rows)
+        # float32 keeps a value to one part in 2^24 of its distance from the shift.
+        slack = np.zeros(1) if data.shift is None else 1e-9 + 2**-23 * np.abs(own - data.shift)
+        whole = whole and bool(own.min() > -0.5 and (np.abs(own - own.round()) <= slack).all() and slack.max() < 0.1)
+        binary = binary and (bool(((rows == 0) | (rows == 1)).all()) or (whole and own.max() < 1.5))
+        most = max(most, own.max())
+    pixels = whole and data.image_shape is not None and most < 255.5
+    unit = bool(data.train.min() >= 0 and data.train.max() <= 1)
+    return _Values(binary, whole, pixels, unit, _dispersion(data) if whole else math.nan)
+
+
+def _dispersion(data: Dataset) -> float:
+    """Sum of squares about the rates that a row's total and a column's mean give, over the sum of those rates."""
+    own = data.restore(data.train[:_BLOCK_ROWS]).round()
+    totals, means = own.sum(axis=1, keepdims=True), own.mean(axis=0)
+    rates = totals / max(totals.mean(), 1) * means
+    return float(((own - rates) ** 2).sum() / max(rates.sum(), 1))
+
+
 # ---- scaling and binarising
+
+
+def _blocks(num_rows: int) -> Iterator[slice]:
+    for start in range(0, num_rows, _BLOCK_ROWS):
+        yield slice(start, start + _BLOCK_ROWS)
 
 
 def _range_of(train: np.ndarray, per_column: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -215,14 +384,17 @@ def _range_of(train: np.ndarray, per_column: bool) -> tuple[np.ndarray, np.ndarr
     return low.astype(np.float64), high.astype(np.float64)
 
 
-def _minmax(rows: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Rows outside the training range are clipped; a constant column is 0 everywhere."""
-    span = np.where(high > low, high - low, np.inf)
-    scaled = np.empty(rows.shape, np.float32)
-    for start in range(0, len(rows), _BLOCK_ROWS):  # in float64: small spans far from 0 are lost in float32
-        block = slice(start, start + _BLOCK_ROWS)
-        scaled[block] = ((rows[block] - low) / span).clip(0, 1)
-    return scaled
+def _moments_of(train: np.ndarray, per_column: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(N, X) -> mean and standard deviation, likewise; those of what is constant are its value and 1."""
+    axis = 0 if per_column else None
+    low, high = _range_of(train, per_column)
+    with np.errstate(over="ignore", invalid="ignore"):  # beyond 1e154 or so: told by _check_float32
+        mean = np.where(high > low, np.broadcast_to(train.mean(axis, dtype=np.float64), low.shape), low)
+        variance = np.zeros_like(mean)
+        for block in _blocks(len(train)):
+            squares = (train[block] - mean) ** 2
+            variance += (squares.sum(axis=0) if per_column else squares.sum() / train.shape[1]) / len(train)
+    return mean, np.where((high > low) & (variance > 0), np.sqrt(variance), 1.0)
 
 
 def _binarize(grey: list[np.ndarray], config: DataConfig) -> list[np.ndarray]:

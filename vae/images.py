@@ -14,6 +14,28 @@ _GAP_PIXELS = 2
 _BACKGROUND = 96
 # Anchors of the heat map from 0 to 1, taken from viridis: ordered in lightness, legible to the colour-blind.
 _HEAT = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float64)
+_RANGE_ROWS = 4096  # enough to tell a range by
+_RANGE = (0.01, 0.99)  # quantiles that stand for 0 and 1: a single outlier must not turn all others into one shade
+
+
+def shades(
+    rows: np.ndarray, train: np.ndarray, image_shape: tuple[int, ...] | None, logarithmic: bool = False
+) -> np.ndarray:
+    """rows (M, X) -> values to be drawn, most of them in [0, 1]; `logarithmic` is for counts.
+
+    By the range of train (N, X): that of each column of a table, and one for all pixels of images. What lies in
+    [0, 1] there stays as it is.
+    """
+    train = train[:_RANGE_ROWS]
+    if train.min() >= 0 and train.max() <= 1:
+        return rows
+    if logarithmic:
+        rows, train = np.log1p(rows), np.log1p(train)
+    axis = None if image_shape is not None else 0
+    low, high = np.quantile(train, _RANGE, axis=axis)
+    least, most = train.min(axis=axis), train.max(axis=axis)
+    low, high = np.where(high > low, low, least), np.where(high > low, high, most)
+    return (rows - low) / np.where(high > low, high - low, np.inf)
 
 
 def save_grid(rows: np.ndarray, image_shape: tuple[int, ...] | None, path: str | Path, columns: int = 8) -> None:

@@ -1,24 +1,21 @@
-"""The VAE: a Gaussian encoder and a decoder, both perceptrons over flat rows.
+"""The VAE: a Gaussian encoder and a decoder over flat rows.
 
-x -> [Linear -> activation -> Dropout] for each hidden width -> heads for mu and logvar -> z -> the mirror of
-it -> outputs of the likelihood. Heads and outputs are linear and never dropped: dropout there would change
-q(z|x) and with it the bound.
+x -> hidden layers (`vae.layers`) -> heads for mu and logvar -> z -> the mirror of it -> outputs of the likelihood.
+Heads and outputs are linear and never dropped: dropout there would change q(z|x) and with it the bound.
 """
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vae.activations import make_activation, variance_gain
 from vae.config import ModelConfig
-from vae.likelihoods import LIKELIHOODS
+from vae.layers import Block, head, make_decoder, make_encoder, make_outputs
+from vae.likelihoods import make_likelihood
 
-# Shapes: B batch, X input features, Z latent dimensions, K importance samples.
+# Shapes: B batch, N rows of a split, X input features, Z latent dimensions, K importance samples.
 
 # log variances beyond these are of no use and overflow in exp; the clamp is soft because a hard one has no
 # gradient to come back by.
@@ -30,32 +27,38 @@ _LOGVAR_HEAD_GAIN = 0.1  # the posterior starts near unit variance for every x
 class VAE(nn.Module):
     """p(x, z) = N(z; 0, I) p(x|z), and q(z|x) = N(mu, diag(exp(logvar))). Kingma & Welling 2014."""
 
-    def __init__(self, config: ModelConfig, train_mean: np.ndarray | None = None) -> None:
-        """`train_mean` (X,): means of the training data, where the outputs start; None: at zero.
+    def __init__(self, config: ModelConfig, train: np.ndarray | None = None) -> None:
+        """train (N, X): the training data, at whose means the outputs start; None: at zero.
 
         Weights are drawn from torch's default generator.
         """
         super().__init__()
         self.config = config
-        self.likelihood = LIKELIHOODS[config.likelihood]
-        widths = config.hidden_dims
-        self.encoder = _hidden_layers(config, (config.input_dim, *widths))
-        self.mu = _head(widths[-1] if widths else config.input_dim, config.latent_dim)
-        self.logvar = _head(self.mu.in_features, config.latent_dim, gain=_LOGVAR_HEAD_GAIN)
-        self.decoder = _hidden_layers(config, (config.latent_dim, *reversed(widths)))
-        self.outputs = _head(widths[0] if widths else config.latent_dim, config.input_dim)
-        if train_mean is not None:
+        self.likelihood = make_likelihood(config)
+        self.encoder, width = make_encoder(config)
+        self.mu = head(width, config.latent_dim)
+        self.logvar = head(width, config.latent_dim, gain=_LOGVAR_HEAD_GAIN)
+        self.decoder = make_decoder(config)
+        self.outputs = make_outputs(config)
+        if train is not None:
             with torch.no_grad():
-                self.outputs.bias.copy_(self.likelihood.output_bias(train_mean))
+                self.outputs.bias.copy_(self.likelihood.start(train))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (..., B, X) in [0, 1] -> mu, logvar of q(z|x), each (..., B, Z)."""
-        hidden = self.encoder(x)
-        return self.mu(hidden), _soft_clamp(self.logvar(hidden))
+        """x (..., B, X) as in the Dataset -> mu, logvar of q(z|x), each (..., B, Z)."""
+        hidden = self.encoder(self.likelihood.encoder_input(x).flatten(0, -2))
+        mu, logvar = (_full(h(hidden)).unflatten(0, x.shape[:-1]) for h in (self.mu, self.logvar))
+        return mu, _soft_clamp(logvar)
 
     def decode(self, z: Tensor) -> Tensor:
-        """z (..., B, Z) -> outputs of the likelihood (logits), (..., B, X)."""
-        return self.outputs(self.decoder(z))
+        """z (..., B, Z) -> outputs of the likelihood (..., B, X): logits, means or log rates.
+
+        Raises ValueError in training with batch normalisation where B is not the only leading dimension: its
+        statistics are of data, and would be of importance samples.
+        """
+        if self.training and self.config.normalization == "batch" and z.ndim > 2:
+            raise ValueError("batch normalisation takes its statistics from (B, Z) alone; evaluate, or train on (B, Z)")
+        return _full(self.outputs(self.decoder(z.flatten(0, -2)))).unflatten(0, z.shape[:-1])
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, X), noise (..., B, Z) ~ N(0, I) -> outputs (..., B, X), mu (B, Z), logvar (B, Z)."""
@@ -65,7 +68,7 @@ class VAE(nn.Module):
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None, mean: bool = True) -> Tensor:
         """(n, X) from the prior: means of p(x|z), or draws from it. `generator` is on the model's device."""
-        z = torch.randn(n, self.config.latent_dim, generator=generator, device=self.outputs.weight.device)
+        z = torch.randn(n, self.config.latent_dim, generator=generator, device=self.device)
         with evaluating(self):
             outputs = self.decode(z)
         return self.likelihood.mean(outputs) if mean else self.likelihood.sample(outputs, generator)
@@ -74,11 +77,30 @@ class VAE(nn.Module):
     def reconstruct(self, x: Tensor) -> Tensor:
         """x (B, X) -> means of p(x|z) at z = E[z|x], (B, X)."""
         with evaluating(self):
-            return self.likelihood.mean(self.decode(self.encode(x)[0]))
+            return self.likelihood.mean(self.decode(self.encode(x)[0]), x)
+
+    def blocks(self) -> list[tuple[str, int, Block]]:
+        """The hidden layers in the order of the data: "encoder" or "decoder", index from 0 in it, block."""
+        nets = {"encoder": self.encoder, "decoder": self.decoder}
+        return [
+            (name, index, block)
+            for name, net in nets.items()
+            for index, block in enumerate(module for module in net if isinstance(module, Block))
+        ]
+
+    @property
+    def device(self) -> torch.device:
+        return self.outputs.bias.device
 
     @property
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """That of the model which `config` describes, which is not built."""
+    with torch.device("meta"):
+        return VAE(config).num_parameters
 
 
 @contextmanager
@@ -92,21 +114,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _hidden_layers(config: ModelConfig, widths: Sequence[int]) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for fan_in, width in pairwise(widths):
-        linear = nn.Linear(fan_in, width)
-        nn.init.normal_(linear.weight, std=variance_gain(config, fan_in) / math.sqrt(fan_in))
-        nn.init.zeros_(linear.bias)
-        layers += [linear, make_activation(config, width), nn.Dropout(config.dropout)]
-    return nn.Sequential(*layers)
-
-
-def _head(fan_in: int, width: int, gain: float = 1.0) -> nn.Linear:
-    linear = nn.Linear(fan_in, width)
-    nn.init.xavier_normal_(linear.weight, gain=gain)
-    nn.init.zeros_(linear.bias)
-    return linear
+def _full(values: Tensor) -> Tensor:
+    """In float32 what autocast left in bfloat16."""
+    return values.float() if values.dtype == torch.bfloat16 else values
 
 
 def _soft_clamp(raw: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     if params["activation"] != "leaky_relu":
         params["leaky_relu_slope"] = None
     given = {name: value for name, value in params.items() if value is not None}
-    model, training = spec.model_config_for(given, data.input_dim), spec.train_config_for(given)
+    model, training = spec.model_config_for(given, data.row_shape), spec.train_config_for(given)
     trainer = Trainer(model, training, data, seed=config["setting"])
     curve: list[dict[str, Any]] = []
     with contextlib.suppress(Diverged):

@@ -171,10 +171,14 @@ class VaeSearch(StudyEvents):
             "final": final,
             "status": status,
             "reason": None if status == "ok" else status,
+            "probes": [],
+            "step": None,
+            "layer": None,
             "from_epoch": 0,
             "damaged": None,
             "num_parameters": 1,
             "no_latent_nelbo": self.curves.no_latent,
+            "no_latent_objective": self.curves.no_latent,
             "device": "cpu",
             "train_wall_s": 0.0,
             "done": final or diverged,
@@ -187,7 +191,7 @@ class VaeSearch(StudyEvents):
         )
         known = {"epoch": epoch, "val_nelbo": recon + kl, "val_recon": recon, "val_kl": kl, "active_units": int(active)}
         unknown = ("train_nelbo", "train_recon", "train_kl", "grad_norm", "kl_weight", "wall_s", "samples_per_s")
-        return {**known, **dict.fromkeys(unknown, 0.0), "clipped_steps": 0}
+        return {**known, **dict.fromkeys(unknown, 0.0), "clipped_steps": 0, "skipped_steps": 0, "objective": None}
 
 
 # ---- the simulation
