@@ -39,7 +39,8 @@ def disk_budget_bytes(spec: StudySpec, row_shape: tuple[int, ...], concurrency: 
     from vae.model import num_parameters  # torch
 
     weights = 4 * max(map(num_parameters, spec.largest_models(row_shape)))
-    state = STATE_COPIES * weights + STATE_OVERHEAD_BYTES
+    discriminator = weights if spec.train.objective == "vae_gan" else 0  # has an encoder's body, and two moments too
+    state = STATE_COPIES * weights + 3 * discriminator + STATE_OVERHEAD_BYTES
     states = KEPT * (concurrency + spec.export.top) + 1  # one more while it is being written
     models = 2 * spec.export.top * weights  # the new ones beside those of an earlier run
     return states * state + models + spec.budget.trials * spec.budget.max_epochs * LEDGER_ROW_BYTES

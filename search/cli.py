@@ -128,9 +128,9 @@ def resume(
 def list_(storage: Storage = DEFAULT_STORAGE, json: Json = False) -> None:
     """The studies of a folder, with their best."""
     from search.leaderboard import as_json, studies_table
-    from search.results import list_studies
+    from search.results import readable_studies
 
-    studies = list_studies(storage)
+    studies = readable_studies(storage)
     if json:
         _print_json([as_json(study) for study in studies])
     elif studies:

@@ -39,6 +39,7 @@ class ModelEvaluation:
     trial: int | None
     data: str
     is_own_data: bool  # those the model was made on
+    train_objective: str  # vae_gan: the values are bounds that were not trained for
     split: Split
     rows: int
     importance_samples: int
@@ -113,6 +114,7 @@ def evaluate_model(
         study=stored.get("study"),
         trial=stored.get("trial"),
         data=source,
+        train_objective=(stored.get("train") or {}).get("objective", "elbo"),
         is_own_data=train is not None,
         split=split,  # type: ignore[arg-type]
         rows=len(x),
@@ -144,6 +146,8 @@ def evaluation_lines(evaluation: ModelEvaluation) -> list[str]:
     ]
     if evaluation.no_latent_nelbo is not None:
         lines.append(f"no latent      {evaluation.no_latent_nelbo:10.3f}")
+    if evaluation.train_objective != "elbo":
+        lines += ["", "trained adversarially: the bounds are not what was trained for and rank with no other model's"]
     return lines
 
 

@@ -126,7 +126,10 @@ def unit_of(row: TrialRow) -> str:
 
 def trial_line(row: TrialRow, with_shape: bool = False) -> str:
     """One line on a trial that has ended."""
-    value = f"{row.val_nelbo:.3f} nats" if row.val_nelbo is not None else "no value"
+    if row.train_objective != "elbo" and row.objective is not None:
+        value = f"{row.objective:.3f} {unit_of(row)}"
+    else:
+        value = f"{row.val_nelbo:.3f} nats" if row.val_nelbo is not None else "no value"
     what = row.state if row.status == "ok" else f"{row.state} ({row.status})"
     return f"trial {row.trial} {what} at epoch {row.epochs}/{row.max_epochs}: {value}, {params_text(row, with_shape)}"
 

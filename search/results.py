@@ -1,5 +1,6 @@
 """A study as it lies on disk: open it, rank it, sum it up. Reads only; light to import."""
 
+import logging
 import tomllib
 from collections import Counter
 from collections.abc import Mapping
@@ -13,6 +14,8 @@ from search.spec import StudySpec
 from search.storage import Location, location, write_atomically
 from search.tables import TrialRow, read_table, read_trials
 from vae.config import InputError
+
+log = logging.getLogger(__name__)
 
 STUDY_FILE = "study.toml"
 MODELS_FOLDER = "models"
@@ -178,6 +181,18 @@ def list_studies(storage: str | Location) -> list[Study]:
     """All studies of a storage folder, by name."""
     files = location(storage).glob(f"*/{STUDY_FILE}")
     return sorted((Study(file.parent) for file in files), key=lambda study: study.name)
+
+
+def readable_studies(storage: str | Location) -> list[Study]:
+    """All studies of a storage folder whose study file can be read, by name; the others are logged."""
+    readable = []
+    for study in list_studies(storage):
+        try:
+            study.spec  # noqa: B018
+            readable.append(study)
+        except InputError as error:
+            log.warning("left out: %s", str(error).splitlines()[0])
+    return readable
 
 
 def write_study_file(path: Location, spec: StudySpec, provenance: Mapping[str, Any]) -> None:

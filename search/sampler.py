@@ -53,7 +53,6 @@ class _Live:
     row: TrialRow
     attempt: AttemptRow
     told: float | None = None  # of its last epoch
-    no_latent_objective: float | None = None
     is_stalled: bool = False  # its worker is being taken away because nothing moved
 
 
@@ -74,6 +73,9 @@ class StudySearcher(Searcher):
         self.study = rebuild_study(spec, self.space, rows, curves)
         self.failures: list[TrialRow] = []  # in a row, up to now
         known = {row.trial: row for row in rows}
+        baselines = (row.no_latent_nelbo for row in rows if row.train_objective == "elbo")
+        # of a model that ignores its latents: the same for all trials, known from the first result on
+        self._no_latent_objective = next((value for value in baselines if value is not None), None)
         self._next_number = len(self.study.trials)
         self._unfinished: dict[int, TrialRow | None] = {  # None: never begun, or its row was lost
             number: known.get(number)
@@ -202,7 +204,8 @@ class StudySearcher(Searcher):
                 trial.report(epoch.told, epoch.epoch)
         if rows:
             live.told = rows[-1].told
-        live.no_latent_objective = result["no_latent_objective"]
+        if result["no_latent_objective"] is not None:
+            self._no_latent_objective = result["no_latent_objective"]
         live.row = updated_row(row, result)
         self._update_attempt(live, result)
         for listener in self.events:
@@ -238,8 +241,8 @@ class StudySearcher(Searcher):
         trial, row = live.trial, live.row
         state, status, reason = outcome
         objective: float | None
-        if status in ("diverged", "oom") and live.no_latent_objective is not None:
-            objective = live.no_latent_objective + PENALTY
+        if status in ("diverged", "oom") and self._no_latent_objective is not None:
+            objective = self._no_latent_objective + PENALTY
         else:
             objective = live.told if state == "COMPLETE" else None
         row = dataclasses.replace(row, state=state, status=status, reason=reason, objective=objective, ended_at=_now())
@@ -281,7 +284,8 @@ def updated_row(row: TrialRow, result: Mapping[str, Any]) -> TrialRow:
         last = result["epochs"][-1]
         same = ("val_nelbo", "val_recon", "val_kl", "active_units", "train_nelbo", "samples_per_s")
         known |= {name: last[name] for name in same} | {"epochs": last["epoch"]}
-    return dataclasses.replace(row, **known)
+    # an attempt that failed before its model was built knows less than one before it
+    return dataclasses.replace(row, **{name: value for name, value in known.items() if value is not None})
 
 
 def probe_rows(row: TrialRow, probes: list[dict[str, Any]]) -> tuple[list[DiagnosticsRow], list[LayerRow]]:

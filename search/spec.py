@@ -374,7 +374,10 @@ class StudySpec(_Section):
             following.append(("data", "binarize", "none"))
         if _given(filled, "model", "activation_scope", "shared") == "separate":
             default = SpaceSpec.model_fields["activation"].default
-            following.append(("space", "decoder_activation", _given(filled, "space", "activation", default)))
+            activation = _given(filled, "space", "activation", default)
+            names = activation if isinstance(activation, list | tuple) else [activation]
+            if all(name in get_args(ActivationName) for name in names):  # else the error is of that key
+                following.append(("space", "decoder_activation", activation))
         with contextlib.suppress(TypeError, ValueError, OverflowError):  # the error comes from the field itself
             max_epochs = max(1, int(float(_given(filled, "budget", "max_epochs", 60))))
             following.append(("train", "kl_warmup_epochs", min(5, max_epochs // 6)))
@@ -382,7 +385,7 @@ class StudySpec(_Section):
         for section, key, default in following:
             given: Any = filled.get(section) or {}
             known = given.model_dump(exclude_unset=True) if isinstance(given, BaseModel) else given
-            if isinstance(known, Mapping) and key not in known:
+            if isinstance(known, Mapping) and known.get(key) is None:
                 filled[section] = {**known, key: default}
         return filled
 
@@ -473,10 +476,19 @@ class StudySpec(_Section):
         rungs: list[int] = []
         grace = float(self.scheduler.grace_epochs)
         while (rung := self.train.kl_warmup_epochs + int(grace)) < self.budget.max_epochs:
-            if rung not in rungs:
+            rung = self._behind_the_ramp(rung)
+            if rung not in rungs and rung < self.budget.max_epochs:
                 rungs.append(rung)
             grace *= self.scheduler.reduction_factor
         return rungs
+
+    def _behind_the_ramp(self, epoch: int) -> int:
+        """The first epoch from this one on in which the KL is weighed in full; of use where its warm-up comes again."""
+        if self.train.kl_schedule == "linear":
+            return epoch
+        cycle = self.budget.max_epochs / self.train.kl_cycles
+        start = epoch // cycle * cycle
+        return max(epoch, math.ceil(start + min(self.train.kl_warmup_epochs, cycle)))
 
     def identity(self) -> dict[str, Any]:
         """What makes two specs the same study, as dotted keys: all but where, how fast and how patiently it is run.

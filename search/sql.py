@@ -8,7 +8,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from search.results import Study, list_studies
+from search.results import Study, readable_studies
 from search.storage import Location
 from search.tables import SCHEMAS, read_table
 from vae.config import InputError
@@ -39,7 +39,7 @@ class QueryFailed(InputError):
 
 def query(sql: str, storage: str | Location, time_limit_s: float = TIME_LIMIT_S) -> pa.Table:
     """The answer to one SELECT over `studies` and the tables of a study. Raises QueryFailed, InputError."""
-    studies = list_studies(storage)
+    studies = readable_studies(storage)
     if not studies:
         raise InputError(f"{storage}: there is no study there; name the folder of your studies with --storage")
     with _connection(sql, studies) as connection:

@@ -25,7 +25,9 @@ FLAGS = {
     "resources.concurrency": "--concurrency",
 }
 """Keys with a flag of their own; the others are reached by `--set`."""
-FOLLOWING = ("name", "kl_warmup_epochs", "grace_epochs")
+MOVED = ("model.avg_pool_window", "model.activation_dropout")
+"""Keys that were in another section in an earlier version."""
+FOLLOWING = ("name", "binarize", "kl_warmup_epochs", "grace_epochs")
 """Keys whose defaults follow others: a study file to start from leaves them commented out."""
 
 
@@ -119,6 +121,9 @@ def explain(
         prefix = f"{where}: {key}" if key else where
         if key and given is not None:
             prefix = f"{FLAGS[given]}: {given}" if given in FLAGS else f"--set {given}"
+        if detail["type"] == "extra_forbidden" and key in MOVED:
+            yield f"{prefix}: is space.{path[-1]} now"
+            continue
         if detail["type"] == "extra_forbidden":
             yield f"{prefix}: unknown key; {_nearest_key(path, root)}"
             continue

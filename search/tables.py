@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from search.storage import Location, read_buffer
+from vae.config import InputError
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 
 log = logging.getLogger(__name__)
 
@@ -386,10 +387,21 @@ class DamagedPart(ValueError):
 
 
 def read_part(path: Location, schema: pa.Schema) -> pa.Table:
-    """The rows of one part, opened once: it may be replaced meanwhile. Raises DamagedPart."""
+    """The rows of one part, opened once: it may be replaced meanwhile.
+
+    Raises DamagedPart; InputError if another version of this program wrote it.
+    """
     content = read_buffer(path)
     try:
+        found = (pq.read_schema(pa.BufferReader(content)).metadata or {}).get(b"vaesearch.schema_version")
+        if found is not None and found.decode() != SCHEMA_VERSION:
+            raise InputError(
+                f"{path}: its tables have version {found.decode()} and this program reads {SCHEMA_VERSION}; "
+                f"use the version of vaesearch that wrote it"
+            )
         return pq.read_table(pa.BufferReader(content), schema=schema, use_threads=False)
+    except InputError:
+        raise
     except (pa.ArrowException, OSError, ValueError) as error:  # the bytes are in memory: it is they
         raise DamagedPart(f"{path}: damaged: {' '.join(str(error).split())}") from None
 

@@ -36,6 +36,7 @@ class VaeTrial(tune.Trainable):
         self._spec, self._data, self._store = spec, data, store
         self._rungs = set(spec.rungs())
         torch.set_num_threads(spec.resources.cpus_per_trial)
+        torch.backends.cudnn.allow_tf32 = False  # of convolutions on a GPU: float32 is to mean float32
         self.reset_config(config)
         self._over = threading.Event()
         threading.Thread(target=self._beat_while_it_moves, name="vaesearch-beat", daemon=True).start()
@@ -121,8 +122,13 @@ class VaeTrial(tune.Trainable):
                 break
 
     def _probe(self) -> None:
+        """Look at the model as it is; not where that takes more memory than its training."""
         assert self._trainer is not None
-        self._probes.append(asdict(self._trainer.diagnose()))
+        try:
+            self._probes.append(asdict(self._trainer.diagnose()))
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
 
     def _store_state(self) -> None:
         assert self._trainer is not None

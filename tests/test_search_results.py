@@ -5,14 +5,24 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_search_ledger import epoch_row, start_writer, trial_row
 
-from search.ledger import Ledger
-from search.results import Study, list_studies, open_study, ranked, summarise, write_study_file
+from search.ledger import Ledger, take_stock
+from search.results import (
+    Study,
+    list_studies,
+    open_study,
+    ranked,
+    readable_studies,
+    summarise,
+    write_study_file,
+)
 from search.spec import StudySpec
+from search.tables import TRIALS, read_trials
 from vae.config import InputError
 
 PROVENANCE = {"created_at": datetime(2026, 3, 1, tzinfo=UTC), "data_fingerprint": "f00", "versions": {"ray": "2"}}
@@ -183,3 +193,22 @@ def test_a_study_file_that_cannot_be_read_is_an_input_error_that_names_it(text, 
     (tmp_path / "s" / "study.toml").write_text(text)
     with pytest.raises(InputError, match=re.escape(str(tmp_path / "s"))):
         _ = open_study(tmp_path / "s").spec
+
+
+def test_a_study_that_cannot_be_read_is_left_out_of_lists_and_that_is_told(tmp_path, caplog):
+    make_study(tmp_path / "good")
+    make_study(tmp_path / "old")
+    file = tmp_path / "old" / "study.toml"
+    file.write_text(file.read_text().replace("[model]", "[model]\navg_pool_window = 3"))
+    assert [study.name for study in readable_studies(tmp_path)] == ["good"]
+    assert "model.avg_pool_window: is space.avg_pool_window now" in caplog.text
+
+
+def test_tables_of_another_version_are_refused_and_not_taken_for_damaged(tmp_path):
+    schema = TRIALS.with_metadata({"vaesearch.schema_version": "1"})
+    (tmp_path / "trials").mkdir()
+    pq.write_table(schema.empty_table(), tmp_path / "trials" / "part-00000.parquet")
+    for read in (read_trials, take_stock):
+        with pytest.raises(InputError, match="version 1"):
+            read(tmp_path)
+    assert (tmp_path / "trials" / "part-00000.parquet").exists()

@@ -335,6 +335,20 @@ def test_a_worker_killed_for_memory_too_often_is_out_of_memory_to_the_sampler(de
     assert row.objective == NO_LATENT + PENALTY
 
 
+def test_a_trial_that_runs_out_of_memory_in_a_later_attempt_has_the_penalty_of_what_was_known_before(tmp_path):
+    first = Desk(tmp_path / "s")
+    first.end(first.ask()[0], result(curve(1, 6), final=True))
+    trial_id, _ = first.ask()
+    first.searcher.on_trial_result(trial_id, result(curve(1, 2)))
+    unbuilt = {"num_parameters": None, "no_latent_nelbo": None, "no_latent_objective": None, "device": None}
+    failed = result({}, status="oom", reason="can't allocate memory", **unbuilt)
+    later = first.reborn(tmp_path / "later")
+    later.end(later.ask()[0], failed)
+    assert later.row(1).objective == NO_LATENT + PENALTY
+    first.end(trial_id, failed)
+    assert (first.row(1).objective, first.row(1).num_parameters) == (NO_LATENT + PENALTY, 100)
+
+
 # ---- the ledger
 
 

@@ -595,6 +595,34 @@ def test_a_decoder_with_an_activation_of_its_own_has_the_choice_of_the_encoder_u
     )
 
 
+@pytest.mark.parametrize("likelihood", get_args(LikelihoodName))
+def test_a_study_file_to_start_from_takes_any_likelihood(likelihood, tmp_path):
+    path = write(tmp_path / "study.toml", commented_study_file(StudySpec()))
+    spec = StudySpec.load(path, {"model.likelihood": likelihood})
+    assert spec.data.binarize == ("dynamic" if likelihood == "bernoulli" else "none")
+
+
+def test_a_key_of_an_earlier_version_is_told_where_it_is_now():
+    assert "model.avg_pool_window: is space.avg_pool_window now" in refused(overrides={"model.avg_pool_window": 3})
+
+
+def test_where_the_warm_up_comes_again_no_rung_is_in_a_ramp():
+    spec = load_set(budget__max_epochs=60, train__kl_schedule="cyclical", train__kl_warmup_epochs=5)
+    assert spec.rungs() == [8, 14, 35]  # linear: 8, 14, 32; cycles of 15 epochs begin with 5 of warm-up
+    assert load_set(budget__max_epochs=60, train__kl_warmup_epochs=5).rungs() == [8, 14, 32]
+
+
+def test_a_decoder_activation_of_none_is_as_if_it_were_not_given():
+    spec = StudySpec.model_validate({"model": {"activation_scope": "separate"}, "space": {"decoder_activation": None}})
+    assert spec.space.decoder_activation == spec.space.activation
+    assert StudySpec.model_validate(spec.dump()) == spec
+
+
+def test_one_wrong_activation_is_one_error():
+    message = refused(overrides={"model.activation_scope": "separate", "space.activation": "rellu"})
+    assert message.count("rellu") == 1
+
+
 def test_images_make_a_convolutional_model_and_flat_rows_none():
     spec = load_set(model__body="conv", model__channels=[8, 16])
     assert spec.model_config_for({}, (28, 28)).image_shape == (28, 28)

@@ -217,6 +217,19 @@ def test_convolutions_take_and_give_rows_of_any_image_and_leading_dimensions(ima
         torch.testing.assert_close(outputs[k], model(x, noise[k])[0], rtol=1e-4, atol=1e-5)
 
 
+def test_the_convolutional_decoder_goes_back_through_the_sizes_and_channels_of_the_encoder():
+    model = conv((28, 20), strides=(2, 2)).eval()
+    shapes: dict[str, list[tuple[int, ...]]] = {"encoder": [], "decoder": []}
+    for net, _, block in model.blocks():
+        block.register_forward_hook(lambda module, inputs, output, net=net: shapes[net].append(output.shape[1:]))
+    model(torch.rand(2, 560), torch.zeros(2, 3))
+    assert shapes["encoder"] == [(4, 14, 10), (6, 7, 5), (10,)]
+    assert shapes["decoder"] == [(10,), (6, 7, 5), (4, 14, 10)]
+    assert [type(block.dropout) for _, _, block in model.blocks()] == [
+        nn.Dropout2d, nn.Dropout2d, nn.Dropout, nn.Dropout, nn.Dropout2d, nn.Dropout2d,
+    ]  # fmt: skip
+
+
 def test_rows_are_read_as_height_width_and_channels():
     model = conv((4, 6, 3))
     x = torch.arange(72.0)[None]

@@ -72,9 +72,14 @@ Losses are nats per example
 | {{ name }} | {{ value | short }} |
 {% endfor -%}
 | no-latent baseline (validation) | {{ baseline | short }} |
-
+{% if objective == "elbo" %}
 The baseline is the same likelihood without a latent: a model no better than it has learned nothing about how
 the features hang together.
+{%- else %}
+The model was trained adversarially, for reconstructions and samples that a discriminator takes for data. Its bounds
+are not what was trained for: they may lie above the baseline of the same likelihood without a latent, and rank with
+no other model's. It was chosen by the squared error of reconstructions.
+{%- endif %}
 
 ![Samples from the prior](samples.png)
 
@@ -287,6 +292,7 @@ def _card(model: VAE, path: Path, config: dict[str, Any], data: Dataset) -> str:
         fingerprint=data.fingerprint,
         baseline=baseline,
         folder=path.name,
+        objective=(config.get("train") or {}).get("objective", "elbo"),
         metrics=metrics,
         **{name: config.get(name) or {} for name in ("params", "versions")},
         **{name: config.get(name) for name in ("study", "trial")},

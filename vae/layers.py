@@ -35,14 +35,14 @@ class Block(nn.Module):
         norm: nn.Module,
         activation: nn.Module,
         attention: nn.Module,
-        dropout: float,
+        dropout: nn.Module,
     ) -> None:
         super().__init__()
         self.linear = linear
         self.norm = norm
         self.activation = activation
         self.attention = attention
-        self.dropout = nn.Dropout(dropout) if isinstance(linear, nn.Linear) else nn.Dropout2d(dropout)
+        self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.attention(self.activation(self.norm(self.linear(x)))))
@@ -160,7 +160,7 @@ def make_decoder(config: ModelConfig) -> nn.Sequential:
         layers.append(_block(config, activation, projection, deepest, is_deepest=True))
         for index in range(len(config.channels) - 1, 0, -1):
             channels = config.channels[index - 1]
-            conv = UpConv(config.channels[index], input_width(activation, channels), sizes[index])
+            conv = UpConv(config.channels[index], input_width(activation, channels), sizes[index - 1])
             layers.append(_block(config, activation, conv, channels))
     return nn.Sequential(*layers)
 
@@ -225,7 +225,7 @@ def _block(
         _norm(config, wide, is_conv),
         make_activation(activation, config, width, CONV_CHANNEL_DIM if is_conv else DENSE_CHANNEL_DIM),
         _attention(config, width, is_deepest) if is_conv else nn.Identity(),
-        config.dropout,
+        nn.Dropout2d(config.dropout) if is_conv else nn.Dropout(config.dropout),
     )
 
 

@@ -116,8 +116,7 @@ class Trainer:
             self.model = VAE(model_config, data.train).to(self.device)
         self._averaged = copy.deepcopy(self.model) if train_config.ema_decay else None
         self.no_latent_nelbo = _no_latent_nelbo(data, model_config.likelihood, model_config.gaussian_scale)
-        self.no_latent_objective = self.no_latent_nelbo
-        """The objective of a model that ignores its latents."""
+        self.no_latent_objective = self.no_latent_nelbo  # the objective of a model that ignores its latents
         self._parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, train_config.weight_decay), lr=train_config.learning_rate, fused=True
@@ -150,8 +149,7 @@ class Trainer:
             self._give_up()
         validation = self.evaluate()
         if not math.isfinite(validation.nelbo):
-            layer = locate_non_finite(self.result, self._validation, self._noise)
-            raise Diverged(self.epoch + 1, self.steps, f"validation loss is {validation.nelbo}", layer)
+            raise Diverged(self.epoch + 1, self.steps, f"validation loss is {validation.nelbo}", self._where())
         self.epoch += 1
         self._val_nelbo = validation.nelbo
         return EpochMetrics(
@@ -259,6 +257,12 @@ class Trainer:
         if self._averaged is not None:
             average(self._averaged, self.model, ema_weight(self.steps, self.config.ema_decay))
         return recon_value, kl_value, norm
+
+    def _where(self) -> str | None:
+        """The layer that is not finite on the validation split; as many rows at a time as are diagnosed."""
+        batches = zip(self._validation.split(PROBE_ROWS), self._noise.split(PROBE_ROWS), strict=True)
+        layers = (locate_non_finite(self.result, rows, noise) for rows, noise in batches)
+        return next((layer for layer in layers if layer is not None), None)
 
     def _objective(self) -> float | None:
         """What trials are chosen by where it is not the validation bound."""
