@@ -223,7 +223,7 @@ class TrainSpec(_Section):
     clip_grad_norm: float = Field(100.0, gt=0, description="global gradient norm beyond which a step is scaled down")
     max_skipped_steps: int = Field(10, ge=0, description="steps in a row that may be not finite and are left out")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="of averaged weights, used for results; 0: none")
-    precision: Precision = Field("float32", description="float32 | bfloat16 (training alone; results are in float32)")
+    precision: Precision = Field("float32", description="float32 | bfloat16 (in training alone; slow on many CPUs)")
 
 
 class SpaceSpec(_Section):

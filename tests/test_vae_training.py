@@ -360,30 +360,6 @@ def test_a_model_of_another_width_than_the_data_is_refused(tiny):
         Trainer(ModelConfig(input_dim=5), TrainConfig(), tiny, seed=0)
 
 
-class ArticleVAE(VAE):
-    """The sample of the article: one output for mean and log variance alike, and z without the mean."""
-
-    def encode(self, x):
-        output = self.mu(self.encoder(x))
-        return output, output
-
-    def forward(self, x, noise):
-        mu, logvar = self.encode(x)
-        return self.decode((logvar / 2).exp() * noise), mu, logvar
-
-
-def test_the_sample_of_the_article_collapses_and_the_right_model_does_not(digits, monkeypatch):
-    model = ModelConfig(input_dim=64, latent_dim=10, activation="tanh")
-    train = TrainConfig(learning_rate=3e-3, max_epochs=20)
-    right = list(Trainer(model, train, digits, seed=0))[-1]
-    monkeypatch.setattr(vae.training, "VAE", ArticleVAE)
-    broken = list(Trainer(model, train, digits, seed=0))[-1]
-    assert broken.val_kl < 0.1
-    assert broken.active_units == 0
-    assert right.active_units > 5
-    assert right.val_nelbo < broken.val_nelbo - 1
-
-
 def test_digits_are_learned(digits):
     model = ModelConfig(input_dim=64, activation="silu")
     trainer = Trainer(model, TrainConfig(learning_rate=2e-3, max_epochs=30), digits, seed=0)
