@@ -1,5 +1,6 @@
 """The whole program by its command: first use, crashes, signals, results read meanwhile, people's own files."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -124,8 +125,7 @@ def driver(*arguments: str, cwd: Path, extra: Mapping[str, str] | None = None) -
             family = descendants(running.process.pid)
             running.process.kill()
             running.end()
-            wait_until_gone(family - agents(family), 30)
-            end(agents(family))
+            end_family(family, 30)
 
 
 def descendants(root: int) -> set[int]:
@@ -148,29 +148,41 @@ def _stat(pid: int) -> tuple[int | None, str | None]:
 
 def command_of(pid: int) -> str:
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()[:200]
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()[:400]
     except (FileNotFoundError, ProcessLookupError):
         return ""
 
 
-def wait_until_gone(pids: set[int], timeout: float) -> float:
-    """Seconds until all of these are gone."""
+def alive(pids: set[int]) -> set[int]:
+    return {pid for pid in pids if _stat(pid)[1] not in (None, "Z")}
+
+
+def wait_until_gone(pids: set[int], timeout: float) -> None:
     started = time.monotonic()
-    while left := {pid for pid in pids if _stat(pid)[1] not in (None, "Z")}:
+    while left := alive(pids):
         assert time.monotonic() - started < timeout, [command_of(pid) for pid in left]
         time.sleep(0.1)
-    return time.monotonic() - started
 
 
 def agents(pids: set[int]) -> set[int]:
-    """Ray's two helpers on a node: idle, and by themselves gone a minute after their raylet (ray 2.60)."""
-    return {pid for pid in pids if re.search(r"ray::(DashboardAgent|RuntimeEnvAgent)", command_of(pid))}
+    """Ray's two helpers on a node, also before they have taken their names."""
+    names = r"ray::(DashboardAgent|RuntimeEnvAgent)|dashboard/agent\.py|runtime_env/agent/main\.py"
+    return {pid for pid in pids if re.search(names, command_of(pid))}
+
+
+def end_family(pids: set[int], timeout: float) -> None:
+    """Until all are gone but those helpers, which are ended here: else they are gone a minute later (ray 2.60)."""
+    started = time.monotonic()
+    while not (left := alive(pids)) <= agents(left):
+        assert time.monotonic() - started < timeout, [command_of(pid) for pid in left]
+        time.sleep(0.1)
+    end(left)
 
 
 def end(pids: set[int]) -> None:
-    """Those helpers, which would outlive the test."""
     for pid in pids:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def epochs_of(study: Study) -> dict[int, list[int]]:
@@ -312,8 +324,7 @@ def test_a_signal_before_the_first_trial_ends_it_too_and_leaves_no_process(tmp_p
         returned = running.end(30)
         print(f"{signum.name}: gone after {time.monotonic() - sent:.1f} s with {returned}")
         assert time.monotonic() - sent < 8
-        wait_until_gone(family - agents(family), 30)
-        end(agents(family))
+        end_family(family, 30)
     assert not any("Traceback" in line for line in running.stderr), running.stderr
     assert returned in (code, -signum)  # a shell tells both as `code`
 

@@ -1,6 +1,5 @@
 """The whole program killed, starved and cut off, by all means that one machine has; then the same command again."""
 
-import contextlib
 import errno
 import json
 import os
@@ -19,7 +18,6 @@ import pytest
 from test_system import (
     STEADY,
     Driver,
-    agents,
     assert_retrains,
     assert_whole,
     clean_environment,
@@ -27,6 +25,7 @@ from test_system import (
     descendants,
     driver,
     end,
+    end_family,
     epochs_of,
     run,
     run_line,
@@ -49,17 +48,13 @@ def kill_with_family(running: Driver) -> None:
     family = descendants(running.process.pid)
     running.process.kill()
     assert running.end() == -signal.SIGKILL
-    helpers = agents(family)
-    wait_until_gone(family - helpers, 60)  # a worker that was about to start takes a while to notice
-    end(helpers & agents(helpers))
+    end_family(family, 60)  # a worker that was about to start takes a while to notice
 
 
 def cut_the_power(running: Driver) -> None:
     """The driver and all that it started end at one moment."""
     family = descendants(running.process.pid)
-    for pid in (running.process.pid, *family):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    end({running.process.pid, *family})
     assert running.end() == -signal.SIGKILL
     wait_until_gone(family, 30)
 
@@ -129,8 +124,7 @@ def test_a_second_signal_leaves_at_once_and_the_study_goes_on(tmp_path):
         running.process.send_signal(signal.SIGINT)
         assert running.end(30) == 130
         assert time.monotonic() - sent < 2
-        wait_until_gone(family - agents(family), 60)
-        end(agents(family))
+        end_family(family, 60)
     assert run("resume", "study", cwd=tmp_path).returncode == 0
     assert_whole(open_study(tmp_path / "studies" / "study"), trials=6)
 
