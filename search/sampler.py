@@ -16,7 +16,7 @@ history alone.
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -71,6 +71,7 @@ class StudySearcher(Searcher):
         self.spec, self.ledger, self.events = spec, ledger, events
         self.space = Space(spec.space)
         self.study = rebuild_study(spec, self.space, rows, curves)
+        self.while_waiting: Callable[[], None] = lambda: None  # called while a suggestion is not on disk yet
         self.failures: list[TrialRow] = []  # in a row, up to now
         known = {row.trial: row for row in rows}
         baselines = (row.no_latent_nelbo for row in rows if row.train_objective == "elbo")
@@ -97,7 +98,10 @@ class StudySearcher(Searcher):
             self._asked = self._ask()
         live = self._asked
         if not self.ledger.start_trial(live.row):
-            return None  # Tune comes back; meanwhile the trials under way are served
+            # Tune comes back; meanwhile the trials under way are served. Where there are none it does nothing else
+            # but ask again for up to ten minutes (2.60): so whatever else is to be looked after, is so from here.
+            self.while_waiting()
+            return None
         self._asked = None
         self._live[trial_id] = live
         for listener in self.events:

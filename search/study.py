@@ -163,6 +163,7 @@ def _search(
     with head_watched(on_lost=leave), store_server(path) as server:
         best.server = server
         rounds = Rounds(spec, ledger, lease, server, best, searcher, patience, interrupts)
+        searcher.while_waiting = rounds
         try:
             with interrupts.deferred():
                 _fit(spec, data, server, searcher, asha, concurrency, rounds)

@@ -356,7 +356,10 @@ def test_a_suggestion_waits_for_the_disk_and_is_the_same_when_it_comes(tmp_path,
     monkeypatch.setattr(ledger_module, "START_WAIT_S", 0.05)
     desk, other = Desk(tmp_path / "s"), Desk(tmp_path / "other")
     shutil.rmtree(tmp_path / "s")  # a disk that cannot be written
+    waited: list[int] = []
+    desk.searcher.while_waiting = lambda: waited.append(1)
     assert desk.searcher.suggest("tune-0") is None
+    assert waited == [1]
     assert desk.searcher.suggest("tune-1") is None
     assert desk.ledger.error is not None
     for table in ("trials", "epochs", "attempts"):
