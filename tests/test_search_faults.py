@@ -175,11 +175,7 @@ def all_torn(states: list[Path]) -> None:
 
 @pytest.mark.parametrize(
     ("harm", "from_epoch", "told"),
-    [
-        (newest_torn, 2, True),
-        pytest.param(newest_gone, 2, False, marks=pytest.mark.system),
-        pytest.param(all_torn, 0, True, marks=pytest.mark.system),
-    ],
+    [(newest_gone, 2, False), (newest_torn, 2, True), (all_torn, 0, True)],
 )
 def test_a_trial_whose_states_were_harmed_goes_on_from_what_is_left_to_the_same_end(
     small_spec, tmp_path, harm: Callable[[list[Path]], None], from_epoch, told
@@ -421,7 +417,6 @@ def test_a_study_that_was_moved_goes_on_where_it_is_now(small_spec, tmp_path):
     assert study.rows()[1].attempts == 2
 
 
-@pytest.mark.system
 def test_a_study_on_an_object_store_is_cut_off_goes_on_and_is_the_one_on_a_disk(
     small_spec, small_study, s3_url, tmp_path
 ):
