@@ -4,7 +4,6 @@ import dataclasses
 import io
 import math
 import pickle
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -18,15 +17,6 @@ from vae.objective import evaluate
 from vae.training import Diverged, EpochMetrics, Trainer
 
 TIMES = ("wall_s", "samples_per_s")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are slower on two threads than on one, and far slower on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
