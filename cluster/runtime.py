@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+log = logging.getLogger(__name__)
+
 OBJECT_STORE_HEADROOM_BYTES = 128 * 2**20
 HEAD_CHECK_EVERY_S = 3.0
 HEAD_SILENT_S = 40.0  # Ray itself ends the process after 60
@@ -108,13 +110,26 @@ def ray_runtime(
 @contextlib.contextmanager
 def _connected(ray, **options: object) -> Iterator[None]:  # type: ignore[no-untyped-def]
     before = {"PYTHONBREAKPOINT": os.environ.get("PYTHONBREAKPOINT")}  # ray.init sends breakpoint() to its debugger
+    with _errors_logged(ray):
+        try:
+            with _our_handler_of_sigterm(ray):
+                ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+            yield
+        finally:
+            ray.shutdown()
+            _restore_environment(before)
+
+
+@contextlib.contextmanager
+def _errors_logged(ray) -> Iterator[None]:  # type: ignore[no-untyped-def]
+    """Keep Ray (2.60) from printing to stdout, where answers belong, what went wrong with a task."""
+    worker = ray._private.worker
+    printing = worker.print_to_stdstream
+    worker.print_to_stdstream = lambda data, ignore_prefix: log.debug("%s", "\n".join(data["lines"]))
     try:
-        with _our_handler_of_sigterm(ray):
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
         yield
     finally:
-        ray.shutdown()
-        _restore_environment(before)
+        worker.print_to_stdstream = printing
 
 
 @contextlib.contextmanager

@@ -41,8 +41,8 @@ def disk_budget_bytes(spec: StudySpec, row_shape: tuple[int, ...], concurrency: 
     weights = 4 * max(map(num_parameters, spec.largest_models(row_shape)))
     discriminator = weights if spec.train.objective == "vae_gan" else 0  # has an encoder's body, and two moments too
     state = STATE_COPIES * weights + 3 * discriminator + STATE_OVERHEAD_BYTES
-    states = KEPT * (concurrency + spec.export.top) + 1  # one more while it is being written
-    models = 2 * spec.export.top * weights  # the new ones beside those of an earlier run
+    states = KEPT * (concurrency + spec.num_exported) + 1  # one more while it is being written
+    models = 2 * spec.num_exported * weights  # the new ones beside those of an earlier run
     return states * state + models + spec.budget.trials * spec.budget.max_epochs * LEDGER_ROW_BYTES
 
 
@@ -74,6 +74,16 @@ def same_study(spec: StudySpec, stored: Study, data: Dataset, extend: int) -> St
     asked = after["budget.trials"]
     if asked in (stored.provenance["trials_at_first"], before["budget.trials"]):
         after["budget.trials"] = before["budget.trials"]  # the command that began it, also after an extension
+    samples = set(stored.finals()["importance_samples"].to_pylist())
+    if spec.finalists.confirm and samples - {asked_samples := spec.finalists.importance_samples}:
+        raise InputError(
+            f"{stored.path}: finalists.importance_samples = {asked_samples}, and its finalists were scored with "
+            f"{samples.pop()}: values compare at the same number alone"
+        )
+    if extend % len(spec.arms()):
+        raise InputError(
+            f"{stored.path}: --extend {extend} cannot be shared out evenly among {len(spec.arms())} activations"
+        )
     if diff := spec_diff(before, after):
         raise InputError(
             f"{stored.path}: the study there is another one: {'; '.join(diff)}\n"

@@ -1,7 +1,7 @@
 """What happens in a study while it runs, for whoever wants to hear of it."""
 
 from search.spec import StudySpec
-from search.tables import AttemptRow, EpochRow, TrialRow
+from search.tables import AttemptRow, EpochRow, FinalRow, TrialRow
 
 
 class StudyEvents:
@@ -24,3 +24,12 @@ class StudyEvents:
 
     def trial_ended(self, row: TrialRow) -> None:
         """The row's state is COMPLETE, PRUNED or FAIL."""
+
+    def confirmation_started(self, total: int, ended: int) -> None:
+        """The search is over; finalists are trained anew, `total` runs in all."""
+
+    def final_started(self, row: FinalRow) -> None:
+        """A run waits for a worker; also one that is started again, then with what took the last one away."""
+
+    def final_ended(self, row: FinalRow) -> None:
+        """The row's state is COMPLETE or FAIL."""

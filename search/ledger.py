@@ -24,6 +24,8 @@ from search.tables import (
     DamagedPart,
     DiagnosticsRow,
     EpochRow,
+    FinalImageRow,
+    FinalRow,
     LayerRow,
     Row,
     TrialRow,
@@ -103,6 +105,12 @@ class TableWriter(Generic[Row]):
         part.pending.append(row)
         part.dirty = True
 
+    def add(self, table: pa.Table) -> None:
+        """Add rows for good."""
+        part = self._growing()
+        part.settled = pa.concat_tables([part.settled, table])
+        part.dirty = True
+
     def changed(self) -> list[Write]:
         """The files to be written: the parts that changed since the last call."""
         writes = []
@@ -136,6 +144,12 @@ def _encoded(table: pa.Table) -> pa.Buffer:
     return sink.getvalue()
 
 
+def _run_keys(table: pa.Table) -> pa.Array:
+    """One number for each finalist's run."""
+    trial = pc.multiply(table["trial"].cast(pa.int64()), 2**32)
+    return pc.add(trial, table["run"].cast(pa.int64())).combine_chunks()
+
+
 @dataclass(frozen=True)
 class Contents:
     """What is on disk of a study's tables, by part. `set_aside`: parts that could not be read.
@@ -150,6 +164,10 @@ class Contents:
     def trials(self) -> list[TrialRow]:
         """In the order of their numbers; some may be missing where a part was set aside."""
         return to_rows(joined("trials", self.parts["trials"]).sort_by("trial"), TrialRow)
+
+    @property
+    def finals(self) -> list[FinalRow]:
+        return to_rows(joined("finals", self.parts["finals"]), FinalRow)
 
     @property
     def epochs(self) -> pa.Table:
@@ -181,6 +199,8 @@ class Ledger:
         self._diagnostics = TableWriter[DiagnosticsRow](study_path, "diagnostics")
         self._layers = TableWriter[LayerRow](study_path, "layers")
         self._attempts = TableWriter[AttemptRow](study_path, "attempts")
+        self._finals = TableWriter[FinalRow](study_path, "finals")
+        self._final_images = TableWriter[FinalImageRow](study_path, "final_images")
         self._settled = (self._epochs, self._diagnostics, self._layers)  # whose rows are never replaced
         # of the unfinished trials: table -> trial -> the epochs that are there
         self._seen: dict[str, dict[int, set[int]]] = {writer.table: {} for writer in self._settled}
@@ -190,8 +210,9 @@ class Ledger:
 
     def _resume(self, contents: Contents) -> None:
         self._drop_orphans(contents)
-        self._trials.resume(contents.parts["trials"], lambda table: pc.equal(table["state"], "RUNNING"))
-        for writer in self._settled:
+        for is_open in (self._trials, self._finals):
+            is_open.resume(contents.parts[is_open.table], lambda table: pc.equal(table["state"], "RUNNING"))
+        for writer in (*self._settled, self._final_images):
             writer.resume(contents.parts[writer.table], lambda table: pc.is_null(table["trial"]))  # none
         self._attempts.resume(contents.parts["attempts"], lambda table: pc.is_null(table["outcome"]))
         for attempt in self._attempts.open_rows:
@@ -204,15 +225,31 @@ class Ledger:
                     seen.setdefault(trial, set()).add(epoch)
 
     def _drop_orphans(self, contents: Contents) -> None:
-        """Remove what is left of trials that went with a damaged part: their numbers will be tried anew."""
+        """Remove what is left of trials that went with a damaged part: their numbers will be tried anew.
+
+        So with a finalist's run of which a crash or a damaged part left only the row, or only what its images have.
+        """
         known = joined("trials", contents.parts["trials"])["trial"].combine_chunks()
-        for writer in (*self._settled, self._attempts):
-            parts = contents.parts[writer.table]
-            for number, table in parts.items():
-                is_known = pc.is_in(table["trial"], known)
-                if not pc.all(is_known, min_count=0).as_py():
-                    parts[number] = table.filter(is_known)
-                    self.writer.put([_write_of(writer.folder, number, parts[number])])
+        for writer in (*self._settled, self._attempts, self._finals, self._final_images):
+            self._keep(contents, writer, lambda table: pc.is_in(table["trial"], known))
+        has_images = pc.unique(_run_keys(joined("final_images", contents.parts["final_images"])))
+        self._keep(
+            contents,
+            self._finals,
+            lambda table: pc.or_(pc.is_in(_run_keys(table), has_images), pc.not_equal(table["state"], "COMPLETE")),
+        )
+        finals = joined("finals", contents.parts["finals"])
+        complete = pc.unique(_run_keys(finals.filter(pc.equal(finals["state"], "COMPLETE"))))
+        self._keep(contents, self._final_images, lambda table: pc.is_in(_run_keys(table), complete))
+
+    def _keep(self, contents: Contents, writer: TableWriter[Any], is_kept: Callable[[pa.Table], Any]) -> None:
+        """Drop the other rows of a table, in `contents` and on disk."""
+        parts = contents.parts[writer.table]
+        for number, table in parts.items():
+            mask = is_kept(table)
+            if not pc.all(mask, min_count=0).as_py():
+                parts[number] = table.filter(mask)
+                self.writer.put([_write_of(writer.folder, number, parts[number])])
 
     @property
     def error(self) -> str | None:
@@ -222,7 +259,7 @@ class Ledger:
     @property
     def is_written(self) -> bool:
         """True when all that is known of trials is on disk."""
-        return self.writer.is_idle and not self._trials.is_dirty
+        return self.writer.is_idle and not self._trials.is_dirty and not self._finals.is_dirty
 
     def start_trial(self, row: TrialRow) -> bool:
         """Put a suggestion on disk; False if it is not there yet: ask again."""
@@ -269,12 +306,21 @@ class Ledger:
         for seen in self._seen.values():
             seen.pop(row.trial, None)
 
+    def update_final(self, row: FinalRow) -> None:
+        """What is known by now of a finalist's run under way."""
+        self._finals.put(row)
+
+    def end_final(self, row: FinalRow, images: pa.Table) -> None:
+        """Record what became of a finalist's run, with what each row of the test split has under it."""
+        self._final_images.add(images)
+        self._finals.settle(row)
+
     def tick(self) -> None:
         """Called often: has written what has waited long enough, as soon as the last writing is done."""
         if not self.writer.is_idle:
             return
         now = time.monotonic()
-        if self._trials.is_dirty or self._attempts.is_dirty:
+        if self._trials.is_dirty or self._attempts.is_dirty or self._finals.is_dirty:
             if now - self._trials_at >= TRIALS_FLUSH_EVERY_S:
                 self._flush()
         elif now - self._epochs_at >= EPOCHS_FLUSH_EVERY_S:
@@ -291,6 +337,7 @@ class Ledger:
     def _flush(self) -> int:
         """Epochs go along: an ended trial has all of its."""
         others = [*self._attempts.changed(), *self._trials.changed()]
+        others += [*self._final_images.changed(), *self._finals.changed()]
         if others:
             self._trials_at = time.monotonic()
         return self._flush_epochs(others)

@@ -12,7 +12,7 @@ from rich.text import Text
 from search.events import StudyEvents
 from search.results import ranked
 from search.spec import StudySpec
-from search.tables import AttemptRow, EpochRow, TrialRow
+from search.tables import AttemptRow, EpochRow, FinalRow, TrialRow
 from vae.config import OWN_PARAMETERS
 
 REFRESH_PER_S = 4
@@ -29,6 +29,8 @@ class Progress(StudyEvents):
         self._with_shape = False
         self._running: dict[int, TrialRow] = {}
         self._first_start: float | None = None
+        self._finals_running: dict[tuple[int, int], FinalRow] = {}  # by trial and run
+        self._is_confirming = False
         self._live: Live | None = None
 
     def __enter__(self) -> "Progress":
@@ -52,6 +54,8 @@ class Progress(StudyEvents):
 
     def where(self) -> str:
         """How far the study is, in words."""
+        if self._is_confirming:
+            return f"with {self._ended} of the finalists' {self._trials} runs done"
         return f"with {self._ended} of {self._trials} trials done" if self._trials else "before the first trial"
 
     def search_started(self, spec: StudySpec, rows: list[TrialRow]) -> None:
@@ -86,6 +90,29 @@ class Progress(StudyEvents):
             best = f"; best {self._best.ranks_by:.3f} (trial {self._best.trial})" if self._best else ""
             self.say(f"[{self._ended}/{self._trials}] {trial_line(row, self._with_shape)}{best}")
 
+    def confirmation_started(self, total: int, ended: int) -> None:
+        self._is_confirming = True
+        self._trials, self._ended, self._ended_before, self._first_start = total, ended, ended, None
+        if ended < total:
+            self.say(f"finalists: {total} runs from fresh seeds, scored on the test split")
+
+    def final_started(self, row: FinalRow) -> None:
+        self._first_start = self._first_start or time.monotonic()
+        self._finals_running[row.trial, row.run] = row
+        if row.status is not None:
+            self.say(
+                f"trial {row.trial} as a finalist, run {row.run}: attempt {row.attempts - 1} {row.status}: {row.reason}"
+            )
+
+    def final_ended(self, row: FinalRow) -> None:
+        self._finals_running.pop((row.trial, row.run), None)
+        self._ended += 1
+        if self._live is None:
+            value = "no value" if row.nll is None else f"{row.nll:.3f} nats on the test split"
+            what = row.state if row.status == "ok" else f"{row.state} ({row.status})"
+            where = f"{row.activation} (trial {row.trial}), run {row.run}"
+            self.say(f"[{self._ended}/{self._trials}] {where} {what}: {value}")
+
     def _seconds_left(self) -> float | None:
         done = self._ended - self._ended_before
         if not done or self._first_start is None:
@@ -97,7 +124,7 @@ class Progress(StudyEvents):
         left = self._seconds_left()
         head = Table.grid(padding=(0, 2))
         head.add_row(
-            Text(f"{self._ended} of {self._trials} trials"),
+            Text(f"{self._ended} of {self._trials} {'runs of finalists' if self._is_confirming else 'trials'}"),
             ProgressBar(total=self._trials, completed=self._ended, width=min(30, self.console.width // 3)),
             Text("" if left is None else f"about {duration(left)} left", style="dim"),
         )
@@ -116,6 +143,8 @@ class Progress(StudyEvents):
                 value,
                 Text(params_text(row, self._with_shape), style="dim"),
             )
+        for final in sorted(self._finals_running.values(), key=lambda final: (final.run, final.trial)):
+            running.add_row(f"  trial {final.trial}", f"run {final.run}", final.activation)
         return Group(head, best, running)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from search.checkpoints import CheckpointStore
 from search.checks import check_fingerprint
-from search.results import CHECKPOINTS_FOLDER, MODEL_FILE, MODELS_FOLDER, Study, ranked
+from search.results import CHECKPOINTS_FOLDER, MODEL_FILE, MODELS_FOLDER, Study, exported, ranked
 from search.storage import Location, fetch_tree, replace_tree, restore_tree
 from search.tables import TrialRow
 from vae import export
@@ -34,7 +34,7 @@ class ExportMismatch(RuntimeError):
 def publish_best(study: Study, data: Dataset) -> list[Location]:
     """Export the study's best as `models/<rank>-trial-<n>/`, in place of what was exported before."""
     restore_tree(study.path / MODELS_FOLDER)
-    rows = [row for row in ranked(study.rows())[: study.spec.export.top] if _has_weights(study, row)]
+    rows = [row for row in exported(study.spec, study.rows()) if _has_weights(study, row)]
     with tempfile.TemporaryDirectory(prefix="vaesearch-") as building:
         folders = export_models(study, rows, data, Path(building))
         replace_tree(Path(building), study.path / MODELS_FOLDER, last=MODEL_FILE)

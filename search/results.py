@@ -12,7 +12,7 @@ import tomli_w
 
 from search.spec import StudySpec
 from search.storage import Location, location, write_atomically
-from search.tables import TrialRow, read_table, read_trials
+from search.tables import FinalRow, TrialRow, read_table, read_trials, to_rows
 from vae.config import InputError
 
 log = logging.getLogger(__name__)
@@ -21,6 +21,7 @@ STUDY_FILE = "study.toml"
 MODELS_FOLDER = "models"
 MODEL_FILE = "config.json"  # of a model's folder, written last
 CHECKPOINTS_FOLDER = "checkpoints"
+FINAL_CHECKPOINTS_FOLDER = "final-checkpoints"
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,19 @@ class Study:
         """One row a start of a trial in a worker; columns as in `search.tables.AttemptRow`."""
         return read_table(self.path, "attempts")
 
+    def finals(self) -> pa.Table:
+        """One row a finalist and fresh seed, scored on the test split; columns as in `search.tables.FinalRow`."""
+        return read_table(self.path, "finals")
+
+    def final_images(self) -> pa.Table:
+        """One row a finalist, seed and row of the test split; columns as in `search.tables.FinalImageRow`."""
+        return read_table(self.path, "final_images")
+
     def rows(self) -> list[TrialRow]:
         return read_trials(self.path)
+
+    def final_rows(self) -> list[FinalRow]:
+        return to_rows(self.finals().sort_by([("trial", "ascending"), ("run", "ascending")]), FinalRow)
 
     def summary(self) -> Summary:
         return summarise(self.name, self.spec.budget.trials, self.rows())
@@ -165,6 +177,15 @@ def ranked(rows: list[TrialRow]) -> list[TrialRow]:
     """The trials that may be called best: healthy, with the full budget; lowest objective first."""
     full = [r for r in rows if r.state == "COMPLETE" and r.status == "ok" and r.val_nelbo is not None]
     return sorted(full, key=lambda row: (row.ranks_by, row.trial))
+
+
+def exported(spec: StudySpec, rows: list[TrialRow]) -> list[TrialRow]:
+    """The trials whose models are kept, best first: the best few, or the best of each activation compared."""
+    leaders = ranked(rows)
+    if spec.goal == "compare-activations" and spec.export.top:
+        first = {row.activations: row for row in reversed(leaders)}
+        return [row for row in leaders if first[row.activations] is row]
+    return leaders[: spec.export.top]
 
 
 def open_study(path: str | Location) -> Study:

@@ -3,24 +3,21 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from search.checkpoints import SERVER_THREADS, CheckpointStore, StoreReport, StoreServer
 from search.events import StudyEvents
 from search.interrupts import Interrupts
 from search.lease import Lease
 from search.ledger import Ledger
-from search.results import CHECKPOINTS_FOLDER, ranked
+from search.results import exported
 from search.spec import StudySpec
 from search.storage import Location, credentials
 from search.tables import TrialRow
 from search.watchdog import Watchdog
 from search.writer import Patience
-
-if TYPE_CHECKING:
-    from search.sampler import StudySearcher
 
 REPORT_EVERY_S = 1.0  # how often the checkpoint store is asked how it is
 
@@ -34,15 +31,17 @@ class Rounds:
         ledger: Ledger,
         lease: Lease,
         server: Any,
-        states: "BestStates",
-        searcher: "StudySearcher",
         patience: Patience,
         interrupts: Interrupts,
+        *,
+        kill: Callable[[Any], None],
+        stalled: Callable[[str], None],
+        written: Callable[[], None] = lambda: None,
     ) -> None:
-        import ray
-
-        self.watchdog = Watchdog(spec.budget.stall_timeout_s, ray.kill)
-        self._ledger, self._lease, self._server, self._states, self._searcher = ledger, lease, server, states, searcher
+        """kill: ends a worker. stalled: hears of it before. written: called while all of the ledger is on disk."""
+        self.watchdog = Watchdog(spec.budget.stall_timeout_s, kill)
+        self._ledger, self._lease, self._server = ledger, lease, server
+        self._stalled, self._written = stalled, written
         self._patience, self._interrupts = patience, interrupts
         self._report = StoreReport(None, {})
         self._asked: Any = None  # the reference of the next report
@@ -54,9 +53,9 @@ class Rounds:
             self._ledger.writer.put([self._lease.heartbeat()])
         self._ledger.tick()
         if self._ledger.is_written:
-            self._states.drop_unneeded()
+            self._written()
         if self._hear_of_the_store():
-            self.watchdog.look(self._report.silent_s, self._searcher.stalled)
+            self.watchdog.look(self._report.silent_s, self._stalled)
         self._patience.look([self._ledger.error, self._report.error])
 
     def finish(self) -> None:
@@ -86,18 +85,17 @@ class Rounds:
 
 
 @contextlib.contextmanager
-def store_server(path: Location) -> Iterator[Any]:
-    """The checkpoint store as an actor on this machine."""
+def store_server(folder: Location) -> Iterator[Any]:
+    """The checkpoint store of a folder as an actor on this machine."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"max_concurrency": SERVER_THREADS, "max_restarts": -1, "max_task_retries": -1}
     remote_store = ray.remote(StoreServer).options(num_cpus=0, scheduling_strategy=here, **options)
-    folder = path / CHECKPOINTS_FOLDER
     if isinstance(folder, Path):
         folder = folder.absolute()  # on a cluster that we joined, the actor has a working directory of its own
-    server: Any = remote_store.remote(str(folder), credentials(path))
+    server: Any = remote_store.remote(str(folder), credentials(folder))
     try:
         yield server
     finally:
@@ -110,11 +108,11 @@ class BestStates(StudyEvents):
     Not before the ledger on disk says that a trial has ended: until then a crash would have it go on from there.
     """
 
-    def __init__(self, top: int, rows: list[TrialRow], store: CheckpointStore) -> None:
+    def __init__(self, spec: StudySpec, rows: list[TrialRow], store: CheckpointStore) -> None:
         self.server: Any = None
-        self._top = top
+        self._spec = spec
         self._unneeded: set[int] = set()  # trials
-        self._kept = ranked(rows)[:top]
+        self._kept = exported(spec, rows)
         needed = {row.trial for row in self._kept} | {row.trial for row in rows if row.state == "RUNNING"}
         for trial in store.trials():
             if trial not in needed:
@@ -122,7 +120,7 @@ class BestStates(StudyEvents):
 
     def trial_ended(self, row: TrialRow) -> None:
         candidates = {kept.trial for kept in self._kept} | {row.trial}
-        self._kept = ranked([*self._kept, row])[: self._top]
+        self._kept = exported(self._spec, [*self._kept, row])
         self._unneeded |= candidates - {kept.trial for kept in self._kept}
 
     def drop_unneeded(self) -> None:

@@ -69,15 +69,14 @@ class StudySearcher(Searcher):
     ) -> None:
         super().__init__(metric="objective", mode="min")
         self.spec, self.ledger, self.events = spec, ledger, events
-        self.space = Space(spec.space)
-        self.study = rebuild_study(spec, self.space, rows, curves)
+        self.arms = [Arm(spec, index, rows, curves) for index in range(len(spec.arms()))]
         self.while_waiting: Callable[[], None] = lambda: None  # called while a suggestion is not on disk yet
         self.failures: list[TrialRow] = []  # in a row, up to now
         known = {row.trial: row for row in rows}
         baselines = (row.no_latent_nelbo for row in rows if row.train_objective == "elbo")
         # of a model that ignores its latents: the same for all trials, known from the first result on
         self._no_latent_objective = next((value for value in baselines if value is not None), None)
-        self._next_number = len(self.study.trials)
+        self._next_number = max(known, default=-1) + 1
         self._unfinished: dict[int, TrialRow | None] = {  # None: never begun, or its row was lost
             number: known.get(number)
             for number in range(self._next_number)
@@ -165,10 +164,8 @@ class StudySearcher(Searcher):
         number = min(self._unfinished, default=self._next_number)
         before = self._unfinished.pop(number, None)
         self._next_number = max(self._next_number, number + 1)
-        self.study.sampler = make_sampler(self.spec, number)
-        trial = self.study.ask()
-        assert trial.number == number
-        params = self.space.suggest(trial)
+        arm, turn = self.spec.place(number)
+        trial, params = self.arms[arm].ask(turn)
         row = before or self._new_row(number, params)
         row = dataclasses.replace(row, attempts=row.attempts + 1)
         live = _Live(trial, params, row, _new_attempt(row))
@@ -184,11 +181,12 @@ class StudySearcher(Searcher):
         return TrialRow(
             study=self.spec.name,
             trial=number,
+            phase=self.spec.phase(number),
             state="RUNNING",
             **chosen,
             hidden_dims=list(model.hidden_dims),
             train_objective=train.objective,
-            seed=trial_seed(self.spec.seed, number),
+            seed=trial_seed(self.spec.seed, self.spec.place(number)[1]),
             max_epochs=train.max_epochs,
             suggested_at=_now(),
         )
@@ -205,9 +203,9 @@ class StudySearcher(Searcher):
         told = trial.storage.get_trial(trial._trial_id).intermediate_values
         for epoch in rows:
             if epoch.epoch not in told:
-                trial.report(epoch.told, epoch.epoch)
+                trial.report(epoch.objective, epoch.epoch)
         if rows:
-            live.told = rows[-1].told
+            live.told = rows[-1].objective
         if result["no_latent_objective"] is not None:
             self._no_latent_objective = result["no_latent_objective"]
         live.row = updated_row(row, result)
@@ -255,7 +253,8 @@ class StudySearcher(Searcher):
             trial.set_constraint(name, violation)
         if status in ("diverged", "oom") and objective is not None:
             trial.report(objective, row.epochs + 1)
-        self.study.tell(trial, objective if state == "COMPLETE" else None, state=TrialState[state])
+        arm, _ = self.spec.place(row.trial)
+        self.arms[arm].study.tell(trial, objective if state == "COMPLETE" else None, state=TrialState[state])
         if not self.gave_up:  # which is for good, also when a trial still under way ends well
             self.failures = [*self.failures, row] if state == "FAIL" else []
         for listener in self.events:
@@ -308,36 +307,58 @@ def constraints_of(row: TrialRow) -> dict[str, float]:
     return {name: float(row.status == name) for name in CONSTRAINTS}
 
 
-def make_sampler(spec: StudySpec, number: int) -> optuna.samplers.BaseSampler:
-    """The sampler of suggestion `number`. A new one each time: a sampler's own state would not survive a crash."""
-    seed = int(np.random.SeedSequence([spec.seed, number]).generate_state(1)[0])
-    startup = spec.sampler.startup_trials
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        if spec.sampler.kind == "tpe":
-            # group: without it the conditional slope falls out of the joint model and is drawn on its own
-            return optuna.samplers.TPESampler(
-                n_startup_trials=startup, multivariate=True, group=True, constant_liar=True, seed=seed
-            )
-        if spec.sampler.kind == "gp":
-            return optuna.samplers.GPSampler(n_startup_trials=startup, seed=seed)
-        return optuna.samplers.RandomSampler(seed=seed)
+class Arm:
+    """A space that is searched and Optuna's study of it, in which a trial's number is its turn (`StudySpec.place`)."""
+
+    def __init__(self, spec: StudySpec, index: int, rows: list[TrialRow], curves: Mapping[int, Curve]) -> None:
+        """Rebuilt from the ledger. Unfinished trials wait, with their parameters; so do those whose row was lost."""
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.spec = spec
+        self.space = Space(spec.arms()[index])
+        self.study = optuna.create_study(direction="minimize", sampler=self.sampler(0))
+        self._settings = Space(spec.space).settings(spec.comparison.settings, spec.seed) if _is_comparison(spec) else []
+        known = {turn: row for row in rows for arm, turn in [spec.place(row.trial)] if arm == index}
+        for turn in range(max(known, default=-1) + 1):
+            if turn in known:
+                self.study.add_trial(frozen_trial(self.space, known[turn], curves.get(known[turn].trial, {})))
+            else:
+                self.study.add_trial(_waiting(self._given(turn)))
+
+    def ask(self, turn: int) -> tuple[optuna.Trial, Params]:
+        """The next suggestion, or a trial that waits for its turn."""
+        if turn >= len(self.study.get_trials(deepcopy=False)) and (given := self._given(turn)):
+            self.study.add_trial(_waiting(given))
+        self.study.sampler = self.sampler(turn)
+        trial = self.study.ask()
+        assert trial.number == turn
+        return trial, self.space.suggest(trial)
+
+    def sampler(self, turn: int) -> optuna.samplers.BaseSampler:
+        """That of one suggestion. A new one each time: a sampler's own state would not survive a crash."""
+        kind, startup = self.spec.sampler.kind, self.spec.sampler.startup_trials
+        if _is_comparison(self.spec):
+            startup = min(startup, self.spec.comparison.settings)  # by then each value is known to be spread evenly
+        seed = int(np.random.SeedSequence([self.spec.seed, turn]).generate_state(1)[0])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            if kind == "tpe":
+                # group: without it the conditional slope falls out of the joint model and is drawn on its own
+                return optuna.samplers.TPESampler(
+                    n_startup_trials=startup, multivariate=True, group=True, constant_liar=True, seed=seed
+                )
+            if kind == "gp":
+                return optuna.samplers.GPSampler(n_startup_trials=startup, seed=seed)
+            return optuna.samplers.RandomSampler(seed=seed)
+
+    def _given(self, turn: int) -> Params:
+        """What is not left to the sampler: the defaults of the first trial, or the settings common to all arms."""
+        if turn < len(self._settings):
+            return {name: value for name, value in self._settings[turn].items() if name in self.space.distributions}
+        return self.space.start() if turn == 0 else {}
 
 
-def rebuild_study(spec: StudySpec, space: Space, rows: list[TrialRow], curves: Mapping[int, Curve]) -> optuna.Study:
-    """The Optuna study as the ledger tells it. Unfinished trials wait, with their number and parameters.
-
-    So do those whose row was lost, without parameters, and the first trial of all, with the default ones.
-    """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(direction="minimize", sampler=make_sampler(spec, 0))
-    known = {row.trial: row for row in rows}
-    for number in range(max(known, default=0) + 1):
-        if number in known:
-            study.add_trial(frozen_trial(space, known[number], curves.get(number, {})))
-        else:
-            study.add_trial(_waiting(space.start() if number == 0 else {}))
-    return study
+def _is_comparison(spec: StudySpec) -> bool:
+    return spec.goal == "compare-activations"
 
 
 def frozen_trial(space: Space, row: TrialRow, curve: Curve) -> FrozenTrial:

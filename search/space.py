@@ -1,8 +1,10 @@
 """The space of a study as Optuna distributions, conditional where a parameter belongs to one activation."""
 
+import math
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.distributions import (
     BaseDistribution,
@@ -13,6 +15,9 @@ from optuna.distributions import (
 
 from search.spec import Entry, Params, Range, SpaceSpec, values_of
 from vae.config import OWN_PARAMETERS, ModelConfig, TrainConfig
+
+ACTIVATIONS = ("activation", "decoder_activation")
+_SETTINGS_STREAM = 3  # apart from what else is drawn with the same seed
 
 INTEGERS = ("latent_dim", "hidden_width", "hidden_layers", "batch_size", "avg_pool_window", "apl_hinges")
 
@@ -53,6 +58,23 @@ class Space:
                 nearest[name] = _nearest(defaults[name], dist)
         return nearest
 
+    def settings(self, count: int, seed: int) -> list[Params]:
+        """`count` draws that fill the space evenly but for its activations: scrambled Sobol points. Owen 1998.
+
+        Each has a value for every parameter, also for those of one activation: whoever uses it takes what applies.
+        """
+        from scipy.stats import qmc
+
+        spread = {name: dist for name, dist in self.distributions.items() if name not in ACTIVATIONS}
+        if not spread:
+            return [{} for _ in range(count)]
+        rng = np.random.default_rng((seed, _SETTINGS_STREAM))
+        points = qmc.Sobol(len(spread), rng=rng).random_base2(math.ceil(math.log2(count)))
+        return [
+            {name: _value_at(share, dist) for share, (name, dist) in zip(point, spread.items(), strict=True)}
+            for point in points[:count].tolist()
+        ]
+
     def suggest(self, trial: optuna.Trial) -> Params:
         """One draw: the sampler's choices and the constants, conditional parameters only where they apply."""
         params: Params = {}
@@ -77,6 +99,19 @@ def _distribution(name: str, entry: Entry) -> BaseDistribution:
     if name in INTEGERS:
         return IntDistribution(int(entry.low), int(entry.high), log=entry.log)
     return FloatDistribution(entry.low, entry.high, log=entry.log)
+
+
+def _value_at(share: float, dist: BaseDistribution) -> Any:
+    """The value below which a share in [0, 1) of a distribution lies."""
+    if isinstance(dist, CategoricalDistribution):
+        return dist.choices[int(share * len(dist.choices))]
+    assert isinstance(dist, FloatDistribution | IntDistribution)
+    half = 0.5 if isinstance(dist, IntDistribution) else 0.0  # each whole number has the same room
+    low, high = dist.low - half, dist.high + half
+    value = low * (high / low) ** share if dist.log else low + (high - low) * share
+    if isinstance(dist, IntDistribution):
+        value = round(value)
+    return min(max(value, dist.low), dist.high)
 
 
 def _nearest(value: Any, dist: BaseDistribution) -> object:

@@ -36,6 +36,9 @@ from vae.config import (
     TrainObjective,
 )
 
+Goal = Literal["best-model", "compare-activations"]
+Phase = Literal["search", "screen", "refine"]
+
 Params = dict[str, Any]
 """One draw from the space: parameter name -> value, conditional parameters only where they apply."""
 
@@ -313,8 +316,32 @@ class SchedulerSpec(_Section):
     reduction_factor: float = Field(3, ge=1.1, description="one in this many goes on at each rung")
 
 
+class ComparisonSpec(_Section):
+    settings: int = Field(
+        16,
+        ge=1,
+        description="of the first trials of each activation: the same for all, spread evenly; "
+        "unset: half of budget.trials",
+    )
+
+
+class FinalistsSpec(_Section):
+    confirm: bool = Field(
+        False,
+        description="train the best of each activation anew from fresh seeds and score it on the test split; "
+        "unset: true where goal = compare-activations",
+    )
+    per_activation: int = Field(1, ge=1, description="configurations of each activation")
+    seeds: int = Field(10, ge=1, le=1000, description="runs of each, paired: run n has the same seed for all")
+    importance_samples: int = Field(1000, ge=1, description="latents drawn for each row of the test split")
+
+
 class ExportSpec(_Section):
-    top: int = Field(3, ge=0, description="best models that are kept and exported")
+    top: int = Field(
+        3,
+        ge=0,
+        description="best models that are kept and exported; of a comparison: that of each activation, or 0",
+    )
 
 
 class ResourcesSpec(_Section):
@@ -344,7 +371,9 @@ class StudySpec(_Section):
     """A whole study, every default filled in. Built from a file with `load`, or from keywords in Python."""
 
     name: str = Field("", description="the study's folder; by default named after the data")
-    goal: Literal["best-model"] = Field("best-model", description="best-model")
+    goal: Goal = Field(
+        "best-model", description="best-model | compare-activations (the same budget for each, and a verdict)"
+    )
     seed: int = Field(0, ge=0, description="of the split, the suggestions and every trial")
     data: DataSpec = DataSpec()
     model: ModelSpec = ModelSpec()
@@ -353,6 +382,8 @@ class StudySpec(_Section):
     budget: BudgetSpec = BudgetSpec()
     sampler: SamplerSpec = SamplerSpec()
     scheduler: SchedulerSpec = SchedulerSpec()
+    comparison: ComparisonSpec = ComparisonSpec()
+    finalists: FinalistsSpec = FinalistsSpec()
     export: ExportSpec = ExportSpec()
     resources: ResourcesSpec = ResourcesSpec()
     storage: StorageSpec = StorageSpec()
@@ -361,7 +392,8 @@ class StudySpec(_Section):
     @classmethod
     def _fill_defaults_that_depend(cls, values: Any) -> Any:
         """Unless they were given: the name follows the data, binarisation the likelihood, the decoder's activation
-        the encoder's, and warm-up and grace shrink with a short budget.
+        the encoder's, and warm-up and grace shrink with a short budget. A comparison has as many trials again to
+        refine each activation as there are common settings, and ends with finalists.
         """
         if not isinstance(values, dict):
             return values
@@ -378,6 +410,18 @@ class StudySpec(_Section):
             names = activation if isinstance(activation, list | tuple) else [activation]
             if all(name in get_args(ActivationName) for name in names):  # else the error is of that key
                 following.append(("space", "decoder_activation", activation))
+        if filled.get("goal") == "compare-activations":
+            following.append(("finalists", "confirm", True))
+            activations = _given(filled, "space", "activation", SpaceSpec.model_fields["activation"].default)
+            arms = len(activations) if isinstance(activations, list | tuple) else 1
+            with contextlib.suppress(TypeError, ValueError, OverflowError):
+                trials = _given(filled, "budget", "trials", None)
+                if trials is not None:
+                    following.append(("comparison", "settings", max(1, int(trials) // arms // 2)))
+                settings = int(
+                    _given(filled, "comparison", "settings", ComparisonSpec.model_fields["settings"].default)
+                )
+                following.append(("budget", "trials", 2 * settings * arms))
         with contextlib.suppress(TypeError, ValueError, OverflowError):  # the error comes from the field itself
             max_epochs = max(1, int(float(_given(filled, "budget", "max_epochs", 60))))
             following.append(("train", "kl_warmup_epochs", min(5, max_epochs // 6)))
@@ -400,6 +444,8 @@ class StudySpec(_Section):
             )
         if self.space.decoder_activation is not None and self.model.activation_scope == "shared":
             raise ValueError('space.decoder_activation is for model.activation_scope = "separate"')
+        if self.goal == "compare-activations":
+            self._check_comparison()
         if self.train.objective == "vae_gan" and SUPPORTS[self.model.likelihood] == "counts":
             raise ValueError('train.objective = "vae_gan" makes means pass for data, which those of counts cannot')
         windows = self.space.avg_pool_window
@@ -415,6 +461,24 @@ class StudySpec(_Section):
         except ValueError as error:
             raise ValueError(str(error)) from None
         return self
+
+    def _check_comparison(self) -> None:
+        if self.model.activation_scope != "shared":
+            raise ValueError('goal = "compare-activations" compares single ones: model.activation_scope = "shared"')
+        if self.train.objective != "elbo":
+            raise ValueError('goal = "compare-activations" compares nats: train.objective = "elbo"')
+        arms, trials = len(self.arms()), self.budget.trials
+        if trials % arms:
+            lower = trials - trials % arms
+            near = f"{lower} or {lower + arms}" if lower else f"{arms}"
+            raise ValueError(
+                f"budget.trials = {trials} cannot be shared out evenly among {arms} activations; {near} can"
+            )
+        if self.comparison.settings > trials // arms:
+            raise ValueError(
+                f"comparison.settings = {self.comparison.settings} must lie in 1..{trials // arms}, "
+                f"the trials of each activation"
+            )
 
     @classmethod
     def load(cls, path: Location | None = None, overrides: Mapping[str, object] | None = None) -> "StudySpec":
@@ -467,6 +531,27 @@ class StudySpec(_Section):
         values = self.train.model_dump() | {"max_epochs": self.budget.max_epochs}
         return TrainConfig(**values | {name: value for name, value in params.items() if name in TRAIN_FIELDS})
 
+    @property
+    def num_exported(self) -> int:
+        """How many models are kept at the most."""
+        return self.export.top if self.goal == "best-model" else len(self.arms()) * (self.export.top > 0)
+
+    def arms(self) -> list[SpaceSpec]:
+        """The spaces that are searched side by side and in turn: that of each activation compared, or the whole."""
+        if self.goal == "best-model":
+            return [self.space]
+        return [self.space.model_copy(update={"activation": name}) for name in values_of(self.space.activation)]
+
+    def place(self, trial: int) -> tuple[int, int]:
+        """Whose turn a trial is: the arm's index, and how many of its trials came before."""
+        turn, arm = divmod(trial, len(self.arms()))
+        return arm, turn
+
+    def phase(self, trial: int) -> Phase:
+        if self.goal == "best-model":
+            return "search"
+        return "screen" if self.place(trial)[1] < self.comparison.settings else "refine"
+
     def rungs(self) -> list[int]:
         """The epochs at which a trial may be stopped and its state is stored, ascending: warm-up + grace * factor^k.
 
@@ -495,7 +580,7 @@ class StudySpec(_Section):
 
         The data are known by their fingerprint, not by the path they were read from.
         """
-        dump = self.model_dump(mode="json", exclude={"name", "storage", "resources", "export"})
+        dump = self.model_dump(mode="json", exclude={"name", "storage", "resources", "export", "finalists"})
         for section, key in NO_IDENTITY:
             dump[section].pop(key)
         return dict(_flatten(dump))

@@ -1,11 +1,13 @@
 """`run_study`: wires data, ledger, sampler, early stopping and Ray Tune together. Run and resume are one function."""
 
 import contextlib
+import functools
 import logging
 import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -17,17 +19,25 @@ from cluster.resources import PlacementError, fitting_trials
 from cluster.runtime import Runtime, environment, head_watched, ray_runtime
 from search.checkpoints import CheckpointStore
 from search.checks import check_batches, check_model, check_space, same_study
-from search.early_stopping import Asha
+from search.early_stopping import EarlyStopping
 from search.events import StudyEvents
+from search.finalists import missing_runs
 from search.interrupts import Interrupts, interrupts_caught, join_or_leave
 from search.lease import Lease
-from search.ledger import Ledger, take_stock
-from search.results import CHECKPOINTS_FOLDER, STUDY_FILE, Study, write_study_file
+from search.ledger import Contents, Ledger, take_stock
+from search.results import (
+    CHECKPOINTS_FOLDER,
+    FINAL_CHECKPOINTS_FOLDER,
+    STUDY_FILE,
+    Study,
+    exported,
+    write_study_file,
+)
 from search.rounds import BestStates, Rounds, store_server
 from search.space import Space
 from search.spec import StudySpec
 from search.storage import Location, StorageFailed, check_writable, reason_of
-from search.tables import TrialRow
+from search.tables import FinalRow, TrialRow
 from search.writer import Patience
 from vae.config import InputError
 from vae.data import Dataset, likelihood_advice, load_data
@@ -49,7 +59,7 @@ LOGGED_VERSIONS = ("vaesearch", "ray", "torch", "optuna", "numpy", "pyarrow")
 
 
 class StudyFailed(RuntimeError):
-    """Too many trials failed in a row. The text shows the first of them."""
+    """Too many trials, or finalists' runs, failed in a row. The text shows the first of them."""
 
 
 def run_study(
@@ -74,7 +84,7 @@ def run_study(
     stored = Study(path) if (path / STUDY_FILE).is_file() else None
     if stored is not None:
         spec = same_study(spec, stored, data, extend)
-        if stored.summary().ended >= spec.budget.trials and not (path / CHECKPOINTS_FOLDER).exists():
+        if _is_complete(spec, stored):
             say(f"{spec.name}: complete with {spec.budget.trials} trials; --extend N asks for more")
             return stored
     elif extend:
@@ -92,17 +102,30 @@ def run_study(
             if stored is None or spec != stored.spec:
                 with _failing_clearly(path):
                     write_study_file(path, spec, _provenance(spec, data, stored))
-            _search(spec, data, path, concurrency, lease, interrupts, events, say)
+            driver = _Driver(spec, data, path, concurrency, lease, interrupts, events, say)
+            driver.search()
+            if spec.finalists.confirm:
+                driver.confirm()
         from search.publish import publish_best  # torch: only now, so that trials start sooner
 
         study = Study(path)
         with _failing_clearly(path):
             published = publish_best(study, data)
-            CheckpointStore(path / CHECKPOINTS_FOLDER).clear()
-        leaders = len(study.summary().leaders[: spec.export.top])
+            for folder in (CHECKPOINTS_FOLDER, FINAL_CHECKPOINTS_FOLDER):
+                CheckpointStore(path / folder).clear()
+        leaders = len(exported(spec, study.rows()))
         if len(published) < leaders:
             say(f"{path}: of the best {leaders} models, the weights of {leaders - len(published)} were not kept")
     return study
+
+
+def _is_complete(spec: StudySpec, stored: Study) -> bool:
+    if (stored.path / CHECKPOINTS_FOLDER).exists() or (stored.path / FINAL_CHECKPOINTS_FOLDER).exists():
+        return False
+    rows = stored.rows()
+    if sum(row.state != "RUNNING" for row in rows) < spec.budget.trials:
+        return False
+    return not missing_runs(spec, rows, stored.final_rows())
 
 
 def _concurrency(spec: StudySpec, runtime: Runtime) -> int:
@@ -119,64 +142,119 @@ def _concurrency(spec: StudySpec, runtime: Runtime) -> int:
         raise InputError(str(error)) from None
 
 
-def _search(
-    spec: StudySpec,
-    data: Dataset,
-    path: Location,
-    concurrency: int,
-    lease: Lease,
-    interrupts: Interrupts,
-    events: Sequence[StudyEvents],
-    say: Callable[[str], None],
-) -> None:
-    """Run what is missing of a study through Tune."""
-    from search.sampler import StudySearcher
+@dataclass
+class _Driver:
+    """What the parts of a run have in common."""
 
-    contents = take_stock(path)
-    for part in contents.set_aside:
-        say(f"{part}: a damaged part of the tables, set aside; trials whose rows it held are made again")
-    rows = contents.trials
-    ledger = Ledger(path, contents)
-    ended = sum(row.state != "RUNNING" for row in rows)
-    if ended >= spec.budget.trials:
-        is_written = ledger.flush(spec.storage.patience_s)
-        ledger.close()
-        if not is_written:
-            raise StorageFailed(path, str(ledger.error))
-        return
-    best = BestStates(spec.export.top, rows, CheckpointStore(path / CHECKPOINTS_FOLDER))
-    searcher = StudySearcher(spec, ledger, rows, _curves(contents.epochs), [best, *events])
-    asha = _rebuilt_asha(spec, contents.epochs)
-    concurrency = min(concurrency, spec.budget.trials - ended)
-    for line in _opening_lines(spec, data, rows, concurrency):
-        say(line)
-    for listener in events:
-        listener.search_started(spec, rows)
-    del contents, rows  # a long study's are large
-    patience = Patience(path, spec.storage.patience_s, say)
+    spec: StudySpec
+    data: Dataset
+    path: Location
+    concurrency: int
+    lease: Lease
+    interrupts: Interrupts
+    events: Sequence[StudyEvents]
+    say: Callable[[str], None]
 
-    def leave(reason: str) -> None:
-        say(reason)
-        ledger.flush(LAST_FLUSH_S)
-        os._exit(1)
+    def search(self) -> None:
+        """Run what is missing of the trials through Tune."""
+        import ray
 
-    with head_watched(on_lost=leave), store_server(path) as server:
-        best.server = server
-        rounds = Rounds(spec, ledger, lease, server, best, searcher, patience, interrupts)
-        searcher.while_waiting = rounds
-        try:
-            with interrupts.deferred():
-                _fit(spec, data, server, searcher, asha, concurrency, rounds)
-                rounds.finish()
-        finally:
-            ledger.flush(LAST_FLUSH_S)
+        from search.sampler import StudySearcher
+
+        spec, path = self.spec, self.path
+        contents, ledger = self._open_ledger()
+        rows = contents.trials
+        ended = sum(row.state != "RUNNING" for row in rows)
+        if ended >= spec.budget.trials:
+            is_written = ledger.flush(spec.storage.patience_s)
             ledger.close()
-    if searcher.gave_up:
-        first = searcher.failures[0]
-        raise StudyFailed(
-            f"{path}: {len(searcher.failures)} trials failed in a row; the first, trial {first.trial}, with:\n"
-            f"{first.reason}"
+            if not is_written:
+                raise StorageFailed(path, str(ledger.error))
+            return
+        best = BestStates(spec, rows, CheckpointStore(path / CHECKPOINTS_FOLDER))
+        searcher = StudySearcher(spec, ledger, rows, _curves(contents.epochs), [best, *self.events])
+        stopping = _rebuilt_stopping(spec, contents.epochs)
+        concurrency = min(self.concurrency, spec.budget.trials - ended)
+        for line in _opening_lines(spec, self.data, rows, concurrency):
+            self.say(line)
+        for listener in self.events:
+            listener.search_started(spec, rows)
+        del contents, rows  # a long study's are large
+        with self._at_work(ledger, CHECKPOINTS_FOLDER) as server:
+            best.server = server
+            rounds = self._rounds(ledger, server, ray.kill, searcher.stalled, best.drop_unneeded)
+            searcher.while_waiting = rounds
+            _fit(spec, self.data, server, searcher, stopping, concurrency, rounds)
+            rounds.finish()
+        self._raise_if_failed("trials", searcher.failures, searcher.gave_up)
+
+    def confirm(self) -> None:
+        """Run what is missing of the finalists' runs."""
+        import ray
+
+        from search.confirm import Confirmation
+
+        contents, ledger = self._open_ledger()
+        with self._at_work(ledger, FINAL_CHECKPOINTS_FOLDER) as server:
+            rows, finals = contents.trials, contents.finals
+            confirmation = Confirmation(self.spec, self.data, ledger, server, rows, finals, self.events)
+            kill = functools.partial(ray.cancel, force=True)
+            rounds = self._rounds(ledger, server, kill, confirmation.stalled)
+            confirmation.run(rounds, self.concurrency)
+            rounds.finish()
+        self._raise_if_failed("finalists' runs", confirmation.failures, confirmation.gave_up)
+
+    def _open_ledger(self) -> tuple[Contents, Ledger]:
+        contents = take_stock(self.path)
+        for part in contents.set_aside:
+            self.say(f"{part}: a damaged part of the tables, set aside; trials whose rows it held are made again")
+        return contents, Ledger(self.path, contents)
+
+    @contextlib.contextmanager
+    def _at_work(self, ledger: Ledger, checkpoints: str) -> Iterator[Any]:
+        """Workers may run in this block, and leave their states with the store that it gives."""
+
+        def leave(reason: str) -> None:
+            self.say(reason)
+            ledger.flush(LAST_FLUSH_S)
+            os._exit(1)
+
+        with head_watched(on_lost=leave), store_server(self.path / checkpoints) as server:
+            try:
+                with self.interrupts.deferred():
+                    yield server
+            finally:
+                ledger.flush(LAST_FLUSH_S)
+                ledger.close()
+
+    def _rounds(
+        self,
+        ledger: Ledger,
+        server: Any,
+        kill: Callable[[Any], None],
+        stalled: Callable[[str], None],
+        written: Callable[[], None] = lambda: None,
+    ) -> Rounds:
+        patience = Patience(self.path, self.spec.storage.patience_s, self.say)
+        return Rounds(
+            self.spec,
+            ledger,
+            self.lease,
+            server,
+            patience,
+            self.interrupts,
+            kill=kill,
+            stalled=stalled,
+            written=written,
         )
+
+    def _raise_if_failed(self, what: str, failures: Sequence[TrialRow | FinalRow], gave_up: bool) -> None:
+        if gave_up:
+            first = failures[0]
+            raise StudyFailed(
+                f"{self.path}: {len(failures)} {what} failed in a row; the first, trial {first.trial}, with:\n"
+                f"{first.reason}"
+            )
 
 
 def _fit(
@@ -184,7 +262,7 @@ def _fit(
     data: Dataset,
     server: Any,
     searcher: "StudySearcher",
-    asha: Asha | None,
+    stopping: EarlyStopping,
     concurrency: int,
     rounds: Rounds,
 ) -> None:
@@ -196,7 +274,7 @@ def _fit(
 
     class AshaScheduler(FIFOScheduler):
         def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-            if asha is None or asha.may_go_on(trial.config["trial"], result["epoch"], result["objective"]):
+            if stopping.may_go_on(trial.config["trial"], result["epoch"], result["objective"]):
                 return TrialScheduler.CONTINUE
             return TrialScheduler.STOP
 
@@ -254,28 +332,25 @@ def _fit(
 
 
 def _curves(epochs: pa.Table) -> Mapping[int, "Curve"]:
-    """trial -> epoch -> validation value."""
+    """trial -> epoch -> what the sampler was told."""
     curves: dict[int, dict[int, float]] = {}
     for trial, epoch, value in _told(epochs):
         curves.setdefault(trial, {})[epoch] = value
     return curves
 
 
-def _rebuilt_asha(spec: StudySpec, epochs: pa.Table) -> Asha | None:
-    """The scheduler as it stood: the values that the ledger has at the rungs, in the order in which they came."""
-    if spec.scheduler.kind == "none":
-        return None
-    asha = Asha(spec.rungs(), spec.scheduler.reduction_factor)
+def _rebuilt_stopping(spec: StudySpec, epochs: pa.Table) -> EarlyStopping:
+    """As it stood: by the values that the ledger has at the rungs, in the order in which they came."""
+    stopping = EarlyStopping(spec)
     at_rungs = epochs.filter(pc.is_in(epochs["epoch"], pa.array(spec.rungs(), pa.int32()))).sort_by("reported_at")
     for trial, epoch, value in _told(at_rungs):
-        asha.may_go_on(trial, epoch, value)
-    return asha
+        stopping.may_go_on(trial, epoch, value)
+    return stopping
 
 
 def _told(epochs: pa.Table) -> Iterator[tuple[int, int, float]]:
-    """Trial, epoch and what the sampler was told of it, for each row."""
-    values = pc.coalesce(epochs["objective"], epochs["val_nelbo"])
-    return zip(epochs["trial"].to_pylist(), epochs["epoch"].to_pylist(), values.to_pylist(), strict=True)
+    columns = (epochs[name].to_pylist() for name in ("trial", "epoch", "objective"))
+    return zip(*columns, strict=True)
 
 
 def _provenance(spec: StudySpec, data: Dataset, stored: Study | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from search.storage import Location, read_buffer
 from vae.config import InputError
 
-SCHEMA_VERSION = "2"
+SCHEMA_VERSION = "3"
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ class TrialRow:
 
     study: str
     trial: int
+    phase: str = "search"  # search | screen (at a setting common to all activations) | refine
     state: str  # RUNNING | COMPLETE | PRUNED | FAIL, as Optuna has it
     status: str | None = None  # ok | collapsed | diverged | oom | error | lost | timeout
     reason: str | None = None  # what ended a trial that is not ok
@@ -142,13 +143,8 @@ class EpochRow:
     kl_weight: float
     wall_s: float
     samples_per_s: float
-    objective: float | None = None  # what trials are chosen by, where it is not val_nelbo
+    objective: float  # what the sampler and early stopping were told
     reported_at: datetime
-
-    @property
-    def told(self) -> float:
-        """What the sampler and early stopping are told."""
-        return self.val_nelbo if self.objective is None else self.objective
 
     @property
     def key(self) -> Hashable:
@@ -226,6 +222,57 @@ class AttemptRow:
         return self.trial, self.attempt
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinalRow:
+    """One finalist, trained once more from a fresh seed and scored on the test split. Losses are nats per example."""
+
+    study: str
+    trial: int  # whose configuration it is
+    activation: str
+    run: int  # from 0; runs of one number share their seed, whatever the finalist
+    seed: int
+    state: str  # RUNNING | COMPLETE | FAIL
+    status: str | None = None  # as of trials
+    reason: str | None = None
+    nll: float | None = None  # importance-weighted, on the test split
+    nelbo: float | None = None
+    effective_samples: float | None = None  # median over the rows
+    importance_samples: int
+    no_latent_nelbo: float | None = None  # on the test split
+    val_nelbo: float | None = None
+    active_units: int | None = None
+    epochs: int = 0
+    num_parameters: int | None = None
+    train_wall_s: float = 0.0
+    score_wall_s: float | None = None
+    attempts: int = 0
+    host: str | None = None
+    pid: int | None = None
+    device: str | None = None
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+
+    @property
+    def key(self) -> Hashable:
+        return self.trial, self.run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinalImageRow:
+    """What one row of the test split has under one finalist's run."""
+
+    study: str
+    trial: int
+    run: int
+    row: int  # of the test split, from 0
+    nll: float
+    nelbo: float
+
+    @property
+    def key(self) -> Hashable:
+        return self.trial, self.run, self.row
+
+
 def _schema(table: str, columns: Iterable[tuple[str, pa.DataType, bool]]) -> pa.Schema:
     schema = pa.schema([pa.field(name, kind, nullable=nullable) for name, kind, nullable in columns])
     return schema.with_metadata({"vaesearch.table": table, "vaesearch.schema_version": SCHEMA_VERSION})
@@ -236,6 +283,7 @@ TRIALS = _schema(
     [
         ("study", pa.string(), False),
         ("trial", pa.int32(), False),
+        ("phase", pa.string(), False),
         ("state", pa.string(), False),
         ("status", pa.string(), True),
         ("reason", pa.string(), True),
@@ -301,7 +349,7 @@ EPOCHS = _schema(
         ("kl_weight", pa.float64(), False),
         ("wall_s", pa.float64(), False),
         ("samples_per_s", pa.float64(), False),
-        ("objective", pa.float64(), True),
+        ("objective", pa.float64(), False),
         ("reported_at", _TIME, False),
     ],
 )
@@ -362,11 +410,55 @@ ATTEMPTS = _schema(
     ],
 )
 
+FINALS = _schema(
+    "finals",
+    [
+        ("study", pa.string(), False),
+        ("trial", pa.int32(), False),
+        ("activation", pa.string(), False),
+        ("run", pa.int32(), False),
+        ("seed", pa.int64(), False),
+        ("state", pa.string(), False),
+        ("status", pa.string(), True),
+        ("reason", pa.string(), True),
+        ("nll", pa.float64(), True),
+        ("nelbo", pa.float64(), True),
+        ("effective_samples", pa.float64(), True),
+        ("importance_samples", pa.int32(), False),
+        ("no_latent_nelbo", pa.float64(), True),
+        ("val_nelbo", pa.float64(), True),
+        ("active_units", pa.int32(), True),
+        ("epochs", pa.int32(), False),
+        ("num_parameters", pa.int64(), True),
+        ("train_wall_s", pa.float64(), False),
+        ("score_wall_s", pa.float64(), True),
+        ("attempts", pa.int32(), False),
+        ("host", pa.string(), True),
+        ("pid", pa.int64(), True),
+        ("device", pa.string(), True),
+        ("started_at", _TIME, True),
+        ("ended_at", _TIME, True),
+    ],
+)
+FINAL_IMAGES = _schema(
+    "final_images",
+    [
+        ("study", pa.string(), False),
+        ("trial", pa.int32(), False),
+        ("run", pa.int32(), False),
+        ("row", pa.int32(), False),
+        ("nll", pa.float64(), False),
+        ("nelbo", pa.float64(), False),
+    ],
+)
+
 SCHEMAS = {
     "epochs": EPOCHS,
     "diagnostics": DIAGNOSTICS,
     "layers": LAYERS,
     "attempts": ATTEMPTS,
+    "final_images": FINAL_IMAGES,
+    "finals": FINALS,
     "trials": TRIALS,
 }
 """Table -> schema, in the order in which they are written: what a trial's row sums up is there before it."""
@@ -376,10 +468,12 @@ ROW_TYPES: Mapping[str, type[Any]] = {
     "diagnostics": DiagnosticsRow,
     "layers": LayerRow,
     "attempts": AttemptRow,
+    "final_images": FinalImageRow,
+    "finals": FinalRow,
     "trials": TrialRow,
 }
 
-Row = TypeVar("Row", TrialRow, EpochRow, DiagnosticsRow, LayerRow, AttemptRow)
+Row = TypeVar("Row", TrialRow, EpochRow, DiagnosticsRow, LayerRow, AttemptRow, FinalRow, FinalImageRow)
 
 
 class DamagedPart(ValueError):

@@ -17,6 +17,13 @@ from search.spec import StudySpec
 from search.study import run_study
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of two processes that test, one has all tests of the one Ray; what else a file sets up is set up once."""
+    with_ray = {item.path for item in items if "ray_here" in getattr(item, "fixturenames", ())}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path in with_ray else item.path.stem))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Two cores are shared with Ray's workers: torch's default of all cores is slower by far there."""

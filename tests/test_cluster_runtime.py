@@ -59,6 +59,12 @@ PROBE = dedent(
                     found.append((name(inodes[fields[9]]), fields[1].rpartition(":")[0]))
         return found
 
+    def failure(task):
+        try:
+            ray.get(task)
+        except Exception as error:
+            return error
+
     def connects(address, **variables):
         """Whether another process gets into that Ray with these variables."""
         code = f"import ray; ray.init(address={address!r}, log_to_driver=False); print(ray.cluster_resources())"
@@ -79,6 +85,9 @@ PROBE = dedent(
         mine = below(os.getpid())
         report["commands"] = [name(pid) for pid in mine]
         report["listening"] = listening(mine)
+        died = ray.remote(lambda: os._exit(1)).options(max_retries=0).remote()
+        report["died"] = isinstance(failure(died), ray.exceptions.WorkerCrashedError)
+        time.sleep(1)  # in which Ray tells of it
         address = ray.get_runtime_context().gcs_address
         report["token_length"] = len(os.environ["RAY_AUTH_TOKEN"])
         right = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"]}
@@ -161,7 +170,8 @@ def test_a_private_ray_leaves_environment_and_processes_as_they_were(report):
     assert not report["connected_after"]
 
 
-def test_a_private_ray_has_what_was_asked_for_and_says_nothing(report):
+def test_a_private_ray_has_what_was_asked_for_and_says_nothing_even_where_a_worker_died(report):
+    assert report["died"]
     assert report["runtime"] == ["local", 1.0, 0.0]
     assert len(report["stdout"].splitlines()) == 1  # the report
     assert report["stderr"] == ""

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.tune.schedulers.async_hyperband import _Bracket
 
-from search.early_stopping import Asha
+from search.early_stopping import Asha, EarlyStopping
+from search.spec import StudySpec
 
 MAX_EPOCHS = 30
 NOT_FINITE = [math.nan, math.inf, -math.inf]
@@ -115,3 +116,40 @@ def test_a_stopped_trial_that_begins_anew_is_stopped_where_it_was_and_not_before
     assert asha.may_go_on(1, 3, 3.0)
     assert not asha.may_go_on(1, 4, 2.0)
     assert not asha.may_go_on(1, 5, 0.1)
+
+
+def test_who_is_not_judged_goes_on_and_judges_others():
+    asha = Asha([2], 2)
+    assert asha.may_go_on(0, 2, 1.0, is_judged=False)
+    assert asha.may_go_on(1, 2, 5.0, is_judged=False)
+    assert asha.may_go_on(1, 3, 9.0, is_judged=False)
+    assert not asha.may_go_on(2, 2, 4.0)
+
+
+def comparison_of(*activations: str) -> StudySpec:
+    values = {"goal": "compare-activations", "space": {"activation": list(activations)}}
+    values |= {"comparison": {"settings": 1}, "budget": {"trials": 4 * len(activations), "max_epochs": 20}}
+    return StudySpec.model_validate(values)
+
+
+def test_an_activation_is_judged_by_its_own_kind_alone():
+    spec = comparison_of("relu", "sigmoid")
+    stopping, rung = EarlyStopping(spec), spec.rungs()[0]
+    assert stopping.may_go_on(0, rung, 20.0)
+    assert stopping.may_go_on(1, rung, 30.0)
+    assert stopping.may_go_on(3, rung, 29.0)  # sigmoid: far behind every relu
+    assert not stopping.may_go_on(2, rung, 21.0)  # relu: far ahead of every sigmoid
+
+
+def test_trials_at_the_common_settings_are_never_stopped():
+    spec = comparison_of("relu", "sigmoid")
+    stopping, rung = EarlyStopping(spec), spec.rungs()[0]
+    assert stopping.may_go_on(2, rung, 20.0)
+    assert stopping.may_go_on(0, rung, 50.0)
+    assert stopping.may_go_on(0, spec.rungs()[1], 50.0)
+
+
+def test_without_asha_nobody_is_stopped():
+    spec = StudySpec.model_validate({"scheduler": {"kind": "none"}})
+    stopping = EarlyStopping(spec)
+    assert all(stopping.may_go_on(trial, spec.rungs()[0], float(trial)) for trial in range(5))

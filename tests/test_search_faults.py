@@ -31,7 +31,7 @@ from search.checks import disk_budget_bytes
 from search.events import StudyEvents
 from search.results import Study, open_study
 from search.rounds import BestStates
-from search.sampler import frozen_trial, make_sampler, rebuild_study
+from search.sampler import Arm, frozen_trial
 from search.space import Space
 from search.spec import StudySpec
 from search.study import run_study
@@ -303,7 +303,7 @@ def test_states_stay_until_the_end_of_their_trial_is_written(small_study, tmp_pa
     store = CheckpointStore(tmp_path)
     for trial in range(3):
         store.put(trial, 1, b"state")
-    best = BestStates(1, [], CheckpointStore(tmp_path / "none yet"))
+    best = BestStates(StudySpec.model_validate({"export": {"top": 1}}), [], CheckpointStore(tmp_path / "none yet"))
     best.server = ray.remote(StoreServer).options(num_cpus=0).remote(str(tmp_path))
     leader = small_study.summary().best
     assert leader is not None
@@ -347,7 +347,7 @@ def test_after_a_study_with_early_stopping_optuna_has_pruned_trials_with_their_l
     curves: dict[int, dict[int, float]] = {}
     for row in small_study.epochs().to_pylist():
         curves.setdefault(row["trial"], {})[row["epoch"]] = row["val_nelbo"]
-    study = rebuild_study(small_spec, Space(small_spec.space), rows, curves)
+    study = Arm(small_spec, 0, rows, curves).study
     pruned = [trial for trial in study.trials if trial.state == TrialState.PRUNED]
     assert pruned
     for trial in pruned:
@@ -371,7 +371,7 @@ def test_with_several_workers_the_recorded_order_replays_to_the_same_suggestions
         curves.setdefault(row["trial"], {})[row["epoch"]] = row["val_nelbo"]
     overlaps = 0
     for row in rows[1:]:
-        replayed = optuna.create_study(sampler=make_sampler(spec, row.trial))
+        replayed = optuna.create_study(sampler=Arm(spec, 0, [], {}).sampler(row.trial))
         for earlier in rows[: row.trial]:
             assert earlier.ended_at is not None
             if earlier.ended_at <= row.suggested_at:

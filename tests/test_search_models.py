@@ -17,7 +17,7 @@ import vae
 from search.cli import app
 from search.leaderboard import ADVERSARIAL, print_study, studies_table
 from search.results import Study, open_study
-from search.sampler import rebuild_study
+from search.sampler import Arm
 from search.space import Space
 from search.spec import StudySpec
 from search.sql import query
@@ -175,7 +175,7 @@ def test_convolutions_and_options_of_training_are_searched_and_their_effects_are
     nets = query("SELECT net, count(DISTINCT layer) AS n FROM layers GROUP BY 1 ORDER BY 1", tmp_path / "studies")
     assert nets.to_pylist() == [{"net": "decoder", "n": 3}, {"net": "encoder", "n": 3}]
     space = Space(study.spec.space)
-    replayed = rebuild_study(study.spec, space, rows, {})
+    replayed = Arm(study.spec, 0, rows, {}).study
     assert [trial.params for trial in replayed.trials] == [space.chosen(row.params)[0] for row in rows]
     exported = vae.load(Path(str(study.model_folders()[0]))).config
     leader = study.summary().best

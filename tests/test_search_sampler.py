@@ -69,7 +69,7 @@ class Desk:
         return read_trials(self.path)[number]
 
     def told(self, number: int) -> FrozenTrial:
-        return self.searcher.study.get_trials(deepcopy=False)[number]
+        return self.searcher.arms[0].study.get_trials(deepcopy=False)[number]
 
     def reborn(self, path: Path) -> "Desk":
         """Another driver, later, on a copy of what is on disk."""
@@ -98,7 +98,7 @@ def result(
             "kl_weight": 1.0,
             "wall_s": 0.1,
             "samples_per_s": 1000.0,
-            "objective": None,
+            "objective": value,
         }
         for epoch, value in values.items()
     ]
@@ -255,7 +255,7 @@ def test_an_end_is_heard_once(desk):
     desk.end(trial_id, None, error=True)
     desk.end("never heard of", result(curve(1, 2)))
     assert desk.row(0) == before
-    assert len(desk.searcher.study.get_trials()) == 1
+    assert len(desk.searcher.arms[0].study.get_trials()) == 1
 
 
 def test_epochs_that_a_retried_trial_reports_again_are_neither_doubled_nor_told_twice(desk):
@@ -457,7 +457,7 @@ def test_a_study_rebuilt_from_the_ledger_equals_the_live_one_and_suggests_the_sa
         desk = Desk(tmp_path / f"live-{seed}", spec)
         seen += play(desk, random.Random(seed), trials=16)
         again = desk.reborn(tmp_path / f"again-{seed}")
-        live, rebuilt = desk.searcher.study.get_trials(), again.searcher.study.get_trials()
+        live, rebuilt = desk.searcher.arms[0].study.get_trials(), again.searcher.arms[0].study.get_trials()
         assert len(live) == len(rebuilt) == 16
         running = [trial for trial in live if trial.state == TrialState.RUNNING]
         waiting = [trial for trial in rebuilt if trial.state == TrialState.WAITING]
@@ -486,7 +486,7 @@ def test_no_trial_is_left_running_in_optuna_when_all_have_ended(tmp_path):
     ids = [desk.ask()[0] for _ in ends]
     for trial_id, (last, error) in zip(ids, ends, strict=True):
         desk.end(trial_id, last, error)
-    assert all(trial.state.is_finished() for trial in desk.searcher.study.get_trials())
+    assert all(trial.state.is_finished() for trial in desk.searcher.arms[0].study.get_trials())
     assert {row.state for row in read_trials(desk.path)} == {"COMPLETE", "PRUNED", "FAIL"}
 
 

@@ -1,7 +1,9 @@
 """The space: what Optuna is offered is what the study file says, and no parameter exists where it means nothing."""
 
+from collections import Counter
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
@@ -213,3 +215,32 @@ def test_optuna_takes_the_start_for_the_first_trial():
 
 def test_a_list_starts_at_its_value_nearest_to_the_default():
     assert space_of(learning_rate=[1e-5, 2.9e-3, 1.0]).start()["learning_rate"] == 2.9e-3
+
+
+def test_common_settings_fill_every_parameter_evenly():
+    """A scrambled Sobol sequence has one point in each of 2^m equal parts of every axis."""
+    space = space_of(batch_size=[16, 32, 64, 128], latent_dim={"low": 1, "high": 8})
+    settings = space.settings(16, seed=3)
+    assert len(settings) == 16
+    assert all(set(setting) == set(space.distributions) - {"activation"} for setting in settings)
+    rates = sorted(np.log([setting["learning_rate"] for setting in settings]))
+    low, high = np.log([1e-4, 1e-2])
+    assert [int((rate - low) / (high - low) * 16) for rate in rates] == list(range(16))
+    assert sorted(int(setting["dropout"] / 0.5 * 16) for setting in settings) == list(range(16))
+    assert Counter(setting["batch_size"] for setting in settings) == dict.fromkeys([16, 32, 64, 128], 4)
+    assert Counter(setting["latent_dim"] for setting in settings) == dict.fromkeys(range(1, 9), 2)
+
+
+def test_common_settings_depend_on_the_seed_and_fewer_are_the_first_of_more():
+    space = Space(SpaceSpec())
+    assert space.settings(5, seed=1) == space.settings(8, seed=1)[:5]
+    assert space.settings(8, seed=1) != space.settings(8, seed=2)
+    assert space.settings(1, seed=1) == space.settings(2, seed=1)[:1]
+    for setting in space.settings(64, seed=1):
+        for name, value in setting.items():
+            assert space.distributions[name]._contains(space.distributions[name].to_internal_repr(value)), name
+
+
+def test_a_space_of_activations_alone_has_one_setting():
+    fixed = {"dropout": 0.0, "learning_rate": 1e-3, "latent_dim": 4, "activation": ["relu", "tanh"]}
+    assert space_of(**fixed).settings(3, seed=0) == [{}, {}, {}]

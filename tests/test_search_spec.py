@@ -684,3 +684,45 @@ def test_reading_a_spec_loads_no_heavy_library():
     code = "import sys, search.spec; search.spec.StudySpec(); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert not set(done.stdout.split()) & {"torch", "ray", "optuna", "pyarrow", "numpy", "duckdb"}
+
+
+# ---- comparisons
+
+
+def test_a_comparison_shares_its_budget_out_evenly_and_ends_with_finalists():
+    spec = StudySpec.load(None, {"goal": "compare-activations"})
+    arms = len(spec.space.activation)
+    assert spec.finalists.confirm
+    assert [arm.activation for arm in spec.arms()] == list(spec.space.activation)
+    assert spec.budget.trials == 2 * spec.comparison.settings * arms
+    assert [spec.place(number) for number in (0, arms - 1, arms)] == [(0, 0), (arms - 1, 0), (0, 1)]
+    first_refined = spec.comparison.settings * arms
+    assert [spec.phase(number) for number in (0, first_refined - 1, first_refined)] == ["screen", "screen", "refine"]
+    given = StudySpec.load(None, {"goal": "compare-activations", "budget.trials": 10 * arms})
+    assert given.comparison.settings == 5
+    assert not StudySpec().finalists.confirm
+    assert StudySpec().phase(7) == "search"
+    assert StudySpec().place(7) == (0, 7)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ({"budget.trials": 17}, ["budget.trials = 17", "16 or 24"]),
+        ({"budget.trials": 16, "comparison.settings": 3}, ["comparison.settings = 3", "1..2"]),
+        ({"model.activation_scope": "separate"}, ["activation_scope"]),
+        ({"train.objective": "vae_gan"}, ["elbo"]),
+        ({"finalists.seeds": 0}, ["finalists.seeds"]),
+    ],
+)
+def test_a_comparison_that_cannot_be_fair_is_refused(overrides, told):
+    with pytest.raises(InputError) as refused:
+        StudySpec.load(None, {"goal": "compare-activations", **overrides})
+    assert all(text in str(refused.value) for text in told), refused.value
+
+
+def test_how_finalists_are_run_is_no_part_of_a_studys_identity():
+    one = StudySpec.load(None, {"goal": "compare-activations"})
+    other = StudySpec.load(None, {"goal": "compare-activations", "finalists.seeds": 29})
+    assert one.identity() == other.identity()
+    assert one.identity() != StudySpec.load(None, {"goal": "compare-activations", "comparison.settings": 8}).identity()

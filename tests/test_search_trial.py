@@ -16,7 +16,7 @@ import ray
 import torch
 from ray import tune
 
-import search.trial
+import search.attempt
 from cluster.runtime import Runtime
 from search.checkpoints import CheckpointStore, StoreServer
 from search.spec import StudySpec
@@ -67,7 +67,7 @@ def store(ray_here: Runtime, store_folder: Path) -> Iterator[Any]:
 def make(digits: Dataset, store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     """Trainables as Tune makes them, data and store through Ray; steps are ended by rungs alone, not by the clock."""
     monkeypatch.setenv("HOME", str(tmp_path))  # a trainable without Tune's storage logs to ~/ray_results
-    monkeypatch.setattr(search.trial, "STEP_S", math.inf)
+    monkeypatch.setattr(search.attempt, "STEP_S", math.inf)
 
     def make(config: dict[str, Any], *, spec: StudySpec | None = None, data: Dataset = digits) -> VaeTrial:
         return tune.with_parameters(VaeTrial, spec=spec or make_spec(), data=data, store=store)(config)
@@ -116,7 +116,7 @@ def test_a_step_ends_at_each_rung_and_the_last_one_is_final(make):
 
 def test_a_step_ends_between_rungs_once_its_time_is_up(make, monkeypatch):
     straight = list(steps(make(trial_config())))
-    monkeypatch.setattr(search.trial, "STEP_S", 0.0)
+    monkeypatch.setattr(search.attempt, "STEP_S", 0.0)
     results = list(steps(make(trial_config())))
     assert [len(result["epochs"]) for result in results] == [1] * MAX_EPOCHS
     assert epochs(*results) == epochs(*straight)  # how it is cut into steps changes nothing
@@ -153,14 +153,16 @@ def test_a_trial_goes_on_from_its_last_stored_rung_to_the_same_end(make, monkeyp
     for done_before in (1, 2, 4, 6):
         lost = trial_config()
         with monkeypatch.context() as patch:
-            patch.setattr(search.trial, "STEP_S", 0.0)  # an epoch a step: so it can be lost between rungs
+            patch.setattr(search.attempt, "STEP_S", 0.0)  # an epoch a step: so it can be lost between rungs
             worker = make(lost)
             for _ in range(done_before):
                 worker.step()
         resumed = list(steps(make(lost)))
         stored = max([r for r in rungs if r <= done_before], default=0)
-        first_stop = min([r for r in rungs if r > stored], default=MAX_EPOCHS)
+        first_stop = stored or rungs[0]  # at a rung that may not have been judged yet
         assert [e["epoch"] for e in resumed[0]["epochs"]] == list(range(1, first_stop + 1))  # earlier ones once more
+        ends = [result["epoch"] for result in resumed[1:]]
+        assert ends == [end for end in (*rungs, MAX_EPOCHS) if end > first_stop]
         assert epochs(*resumed) == expected
         assert {result["from_epoch"] for result in resumed} == {stored}
         assert resumed[-1]["final"]
@@ -172,8 +174,8 @@ def test_a_resumed_trial_trains_only_what_is_missing(make, monkeypatch):
     worker.step()
     worker.step()  # rung 3
     resumed = make(config)
-    resumed._begin()
-    assert resumed._trainer.epoch == 3
+    resumed.step()
+    assert resumed._attempt.trainer.epoch == 3
 
 
 def test_a_trial_lost_after_its_end_reports_its_end_again(make):
@@ -226,14 +228,14 @@ def test_a_worker_is_heard_while_it_trains_and_not_while_it_hangs(make, store, m
     time.sleep(0.3)
     before = ray.get(store.report.remote()).silent_s[config["trial"]]
     assert before > 0.2  # nothing moved since
-    straight = worker._trainer._train_step
+    straight = worker._attempt.trainer._train_step
 
     def slow(x: torch.Tensor) -> tuple[float, float, float]:
         time.sleep(0.02)  # an epoch of half a second
         return straight(x)
 
-    monkeypatch.setattr(worker._trainer, "_train_step", slow)
-    trained = threading.Thread(target=worker._trainer.train_epoch)
+    monkeypatch.setattr(worker._attempt.trainer, "_train_step", slow)
+    trained = threading.Thread(target=worker._attempt.trainer.train_epoch)
     trained.start()
     heard = []
     while trained.is_alive():
@@ -289,15 +291,15 @@ def test_a_non_finite_loss_ends_a_trial_at_once_as_diverged(make):
 def test_epochs_before_the_divergence_are_reported_with_it(make, monkeypatch):
     trial = make(trial_config())
     trial.step()  # up to epoch 2
-    straight = trial._trainer.train_epoch
+    straight = trial._attempt.trainer.train_epoch
 
     def breaks_in_epoch_5() -> object:
-        if trial._trainer.epoch == 4:
+        if trial._attempt.trainer.epoch == 4:
             with torch.no_grad():
-                trial._trainer.model.outputs.bias.fill_(math.nan)
+                trial._attempt.trainer.model.outputs.bias.fill_(math.nan)
         return straight()
 
-    monkeypatch.setattr(trial._trainer, "train_epoch", breaks_in_epoch_5)
+    monkeypatch.setattr(trial._attempt.trainer, "train_epoch", breaks_in_epoch_5)
     assert [e["epoch"] for e in trial.step()["epochs"]] == [3]
     last = trial.step()
     assert (last["status"], last["done"]) == ("diverged", True)
@@ -319,7 +321,7 @@ def test_a_worker_that_met_an_error_is_of_use_for_the_next_trial(make, monkeypat
     expected = epochs(*steps(make(trial_config())))
     used = make(trial_config())
     with monkeypatch.context() as broken:
-        broken.setattr(search.trial, "make_trainer", None)
+        broken.setattr(search.attempt, "make_trainer", None)
         assert used.step()["status"] == "error"
     used.reset_config(trial_config())
     assert epochs(*steps(used)) == expected
@@ -345,8 +347,8 @@ def test_workers_read_the_data_where_they_lie_in_shared_memory(make, digits):
         assert not array.flags.owndata
         assert not np.shares_memory(array, getattr(digits, split))  # it did go through the store
         assert np.array_equal(array, getattr(digits, split))
-    assert trial._trainer._train.data_ptr() == trial._data.train.ctypes.data
-    assert trial._trainer._validation.data_ptr() == trial._data.validation.ctypes.data
+    assert trial._attempt.trainer._train.data_ptr() == trial._data.train.ctypes.data
+    assert trial._attempt.trainer._validation.data_ptr() == trial._data.validation.ctypes.data
 
 
 def test_training_leaves_the_shared_data_as_they_were(make, digits):

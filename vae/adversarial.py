@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from vae.config import SUPPORTS, ModelConfig, TrainConfig
 from vae.data import Dataset
 from vae.layers import head, make_encoder
-from vae.objective import free_bits_kl, gaussian_kl
+from vae.objective import Evaluation, free_bits_kl, gaussian_kl
 from vae.training import Trainer, parameter_groups
 
 FEATURE_WEIGHT = 1.0  # gamma of Larsen et al.; at 0.1 the squared error on the digits is half as large again
@@ -142,7 +142,7 @@ class AdversarialTrainer(Trainer):
         super().load_state_dict(state)
         self.discriminator.load_state_dict(state["discriminator"])
 
-    def _objective(self) -> float:
+    def _objective(self, validation: Evaluation) -> float:
         """Squared error of reconstructions, summed over features, mean over the validation split."""
         errors = [
             (self.result.reconstruct(rows) - rows).square().sum(dim=-1) for rows in self._validation.split(_CHUNK_ROWS)

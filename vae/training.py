@@ -53,7 +53,7 @@ class EpochMetrics:
     kl_weight: float  # at the epoch's end
     wall_s: float  # training and validation
     samples_per_s: float  # training alone
-    objective: float | None = None  # to be minimised where that is not val_nelbo
+    objective: float  # what trials are chosen by, to be minimised: val_nelbo, where the training is by the bound
 
 
 class Diverged(ArithmeticError):
@@ -167,7 +167,7 @@ class Trainer:
             kl_weight=self._kl_weight(),
             wall_s=time.perf_counter() - start,
             samples_per_s=len(self._train) / (trained - start),
-            objective=self._objective(),
+            objective=self._objective(validation),
         )
 
     @property
@@ -264,9 +264,9 @@ class Trainer:
         layers = (locate_non_finite(self.result, rows, noise) for rows, noise in batches)
         return next((layer for layer in layers if layer is not None), None)
 
-    def _objective(self) -> float | None:
-        """What trials are chosen by where it is not the validation bound."""
-        return None
+    def _objective(self, validation: Evaluation) -> float:
+        """What trials are chosen by, after an epoch."""
+        return validation.nelbo
 
     def _backward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, X), noise (B, Z) -> loss, recon and kl, detached means over the batch; fills in all gradients."""

@@ -1,0 +1,206 @@
+"""The finalists' runs: each trained to its end from a fresh seed, scored on the test split, written to the ledger.
+
+Plain Ray tasks, since nothing is suggested and nothing stopped here. A run that was lost goes on from its last stored
+rung, as trials do.
+"""
+
+import dataclasses
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from ray.exceptions import OutOfMemoryError, RayError
+
+from search.attempt import Attempt, Ended, Heartbeat, set_up_torch, train_wall_s, what_ended
+from search.events import StudyEvents
+from search.finalists import final_seed, missing_runs
+from search.ledger import Ledger
+from search.rounds import Rounds
+from search.spec import StudySpec
+from search.tables import SCHEMAS, FinalRow, TrialRow
+from vae.data import Dataset
+from vae.objective import ImportanceEstimate, importance_weighted
+
+RUNS_APART = 1000  # the store knows states by one number: this many for each trial
+WAIT_S = 0.1
+
+# Shapes: N rows of the test split.
+
+
+@dataclass(frozen=True)
+class _Result:
+    ended: Ended
+    known: dict[str, Any]  # columns of the row
+    nll: np.ndarray  # (N,); empty where it failed
+    nelbo: np.ndarray
+
+
+class Confirmation:
+    """What is missing of a study's finals. `failures`: runs that failed one after the other, up to now."""
+
+    def __init__(
+        self,
+        spec: StudySpec,
+        data: Dataset,
+        ledger: Ledger,
+        store: Any,
+        rows: list[TrialRow],
+        finals: list[FinalRow],
+        events: Sequence[StudyEvents],
+    ) -> None:
+        begun = {final.key: final for final in finals}
+        missing = missing_runs(spec, rows, finals)
+        self.failures: list[FinalRow] = []
+        self._spec, self._ledger, self._store, self._events = spec, ledger, store, events
+        self._trials = {row.trial: row for row, _ in missing}
+        self._waiting = deque(begun.get((row.trial, run)) or self._new(row, run) for row, run in missing)
+        self._running: dict[Any, FinalRow] = {}  # by the task's reference
+        self._stalled: set[str] = set()  # tasks that are being ended because nothing moved
+        self._data = ray.put(data)
+        task: Any = ray.remote(_train_and_score)  # type: ignore[arg-type]
+        self._task = task.options(
+            num_cpus=spec.resources.cpus_per_trial, num_gpus=spec.resources.gpus_per_trial, max_retries=0
+        )
+        ended = len(finals) - sum(final.state == "RUNNING" for final in finals)
+        for listener in events:
+            listener.confirmation_started(ended + len(missing), ended)
+
+    @property
+    def gave_up(self) -> bool:
+        return len(self.failures) >= self._spec.budget.max_consecutive_failures
+
+    def run(self, rounds: Rounds, concurrency: int) -> None:
+        """Until all have ended, or too many in a row have failed."""
+        while self._running or (self._waiting and not self.gave_up):
+            while self._waiting and len(self._running) < concurrency and not self.gave_up:
+                self._start(self._waiting.popleft(), rounds)
+            ended, _ = ray.wait(list(self._running), timeout=WAIT_S)
+            for task in ended:
+                rounds.watchdog.ended(task.hex())
+                self._take(task, self._running.pop(task))
+            rounds()
+
+    def stalled(self, task: str) -> None:
+        """A task is about to be ended, since nothing moved."""
+        self._stalled.add(task)
+
+    def _new(self, row: TrialRow, run: int) -> FinalRow:
+        return FinalRow(
+            study=self._spec.name,
+            trial=row.trial,
+            activation=row.activations,
+            run=run,
+            seed=final_seed(self._spec.seed, run),
+            state="RUNNING",
+            importance_samples=self._spec.finalists.importance_samples,
+        )
+
+    def _start(self, row: FinalRow, rounds: Rounds) -> None:
+        row = dataclasses.replace(row, attempts=row.attempts + 1, started_at=row.started_at or datetime.now(UTC))
+        params = self._trials[row.trial].params
+        number = row.trial * RUNS_APART + row.run
+        task = self._task.remote(self._spec, self._data, self._store, number=number, params=params, seed=row.seed)
+        rounds.watchdog.started(task.hex(), number, task)
+        self._running[task] = row
+        self._ledger.update_final(row)
+        for listener in self._events:
+            listener.final_started(row)
+
+    def _take(self, task: Any, row: FinalRow) -> None:
+        try:
+            result: _Result = ray.get(task)
+        except RayError as error:
+            self._lost(task, row, error)
+            return
+        ended = result.ended
+        state = "COMPLETE" if ended.status in ("ok", "collapsed") else "FAIL"
+        row = dataclasses.replace(row, **result.known, ended_at=datetime.now(UTC))
+        row = dataclasses.replace(row, state=state, status=ended.status, reason=ended.reason)
+        self._end(row, result.nll, result.nelbo)
+
+    def _lost(self, task: Any, row: FinalRow, error: RayError) -> None:
+        """Start it again, or give it up if it was lost too often."""
+        stalled = task.hex() in self._stalled
+        status = "timeout" if stalled else "oom" if isinstance(error, OutOfMemoryError) else "lost"
+        reason = str(error).strip().splitlines()[0] if not stalled else "no training step for too long"
+        row = dataclasses.replace(row, status=status, reason=reason)
+        if row.attempts <= self._spec.budget.max_retries:
+            self._waiting.appendleft(row)
+            return
+        none = np.empty(0)
+        reason = f"{reason}, beyond {self._spec.budget.max_retries} retries"
+        self._end(dataclasses.replace(row, state="FAIL", reason=reason, ended_at=datetime.now(UTC)), none, none)
+
+    def _end(self, row: FinalRow, nll: np.ndarray, nelbo: np.ndarray) -> None:
+        self._ledger.end_final(row, _images(row, nll, nelbo))
+        self._store.drop.remote(row.trial * RUNS_APART + row.run)  # not waited for
+        self.failures = [*self.failures, row] if row.status not in ("ok", "collapsed", "diverged") else []
+        for listener in self._events:
+            listener.final_ended(row)
+
+
+def _images(row: FinalRow, nll: np.ndarray, nelbo: np.ndarray) -> pa.Table:
+    size = len(nll)
+    columns = [[row.study] * size, np.full(size, row.trial), np.full(size, row.run), np.arange(size), nll, nelbo]
+    schema = SCHEMAS["final_images"]
+    return pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
+
+
+def _train_and_score(
+    spec: StudySpec, data: Dataset, store: Any, *, number: int, params: dict[str, Any], seed: int
+) -> _Result:
+    """In a worker. What fails in it is told, not raised."""
+    set_up_torch(spec.resources.cpus_per_trial)
+    attempt = Attempt(spec, data, store, number=number, params=params, seed=seed)
+    known: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
+    nll = nelbo = np.empty(0)
+    with Heartbeat(store, spec.budget.stall_timeout_s) as heartbeat:
+        heartbeat.attempt = attempt
+        try:
+            while not attempt.is_final:
+                attempt.advance()
+            collapse = attempt.collapse()
+            ended = Ended("ok") if collapse is None else Ended("collapsed", collapse)
+            scores, figures = _score(spec, data, attempt)
+            nll, nelbo = -scores.log_likelihood, -scores.elbo
+            known |= figures
+        except Exception as error:  # nothing may be lost
+            ended = what_ended(error)
+    if (trainer := attempt.trainer) is not None:
+        known |= {"num_parameters": trainer.model.num_parameters, "device": str(trainer.device)}
+    if history := attempt.history:
+        known |= {name: history[-1][name] for name in ("val_nelbo", "active_units")}
+        known |= {"epochs": history[-1]["epoch"], "train_wall_s": train_wall_s(history)}
+    return _Result(ended, known, nll, nelbo)
+
+
+def _score(spec: StudySpec, data: Dataset, attempt: Attempt) -> tuple[ImportanceEstimate, dict[str, Any]]:
+    """The trained model on the test split, with noise that depends on the study's seed and the row alone."""
+    assert attempt.trainer is not None
+    model = attempt.trainer.result
+    started = time.perf_counter()
+
+    def tell(rows: int) -> None:
+        attempt.rows_scored = rows
+
+    x = torch.from_dlpack(data.test).to(attempt.trainer.device)
+    scores = importance_weighted(model, x, spec.finalists.importance_samples, spec.seed, progress=tell)
+    bad = np.flatnonzero(~(np.isfinite(scores.log_likelihood) & np.isfinite(scores.elbo)))
+    if len(bad):
+        raise ArithmeticError(f"the bound of row {bad[0]} of the test split is {scores.elbo[bad[0]]}")
+    return scores, {
+        "nll": scores.nll,
+        "nelbo": scores.nelbo,
+        "effective_samples": float(np.median(scores.effective_samples)),
+        "no_latent_nelbo": model.likelihood.no_latent_nelbo(data.train, data.test),
+        "score_wall_s": time.perf_counter() - started,
+    }

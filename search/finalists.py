@@ -1,0 +1,72 @@
+"""Finalists: the best configurations of each activation, to be trained anew and scored on the test split.
+
+The best of many trials looks better than it is, since it was chosen for its luck, too. So finalists are trained from
+seeds that the search never saw, the same ones for all, and scored on rows that nobody has looked at.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import numpy as np
+
+from search.results import ranked
+from search.spec import StudySpec
+from search.tables import FinalRow, TrialRow
+
+DROP_NATS = 2.0
+"""An activation whose best trial is worse than the best of all by more than this has no finalist, but is listed."""
+
+DROP_FAILING = 0.5
+"""So has one of whose trials more than this share failed."""
+
+
+def finalists(spec: StudySpec, rows: list[TrialRow]) -> list[TrialRow]:
+    """The trials whose configurations are confirmed, best first: a few of each activation that is in the running."""
+    out = dropped(rows)
+    taken: dict[str, int] = defaultdict(int)
+    chosen = []
+    for row in ranked(rows):
+        if row.activations not in out and taken[row.activations] < spec.finalists.per_activation:
+            taken[row.activations] += 1
+            chosen.append(row)
+    return chosen
+
+
+def dropped(rows: list[TrialRow]) -> Mapping[str, str]:
+    """Activation -> why it has no finalist."""
+    best = {row.activations: row for row in reversed(ranked(rows))}
+    ended: dict[str, list[TrialRow]] = defaultdict(list)
+    for row in rows:
+        if row.state != "RUNNING":
+            ended[row.activations].append(row)
+    lowest = min((_value(row) for row in best.values()), default=0.0)
+    reasons = {}
+    for activation, its_rows in ended.items():
+        failed = sum(row.status != "ok" for row in its_rows)
+        if activation not in best:
+            reasons[activation] = "no healthy trial has trained to its last epoch"
+        elif failed > DROP_FAILING * len(its_rows):
+            reasons[activation] = f"{failed} of {len(its_rows)} trials failed"
+        elif (behind := _value(best[activation]) - lowest) > DROP_NATS:
+            reasons[activation] = f"its best trial is {behind:.1f} nats behind"
+    return reasons
+
+
+def missing_runs(spec: StudySpec, rows: list[TrialRow], finals: list[FinalRow]) -> list[tuple[TrialRow, int]]:
+    """The finalists' runs that have not ended yet, all of one seed before the next: so they can be compared soon."""
+    if not spec.finalists.confirm:
+        return []
+    ended = {(final.trial, final.run) for final in finals if final.state != "RUNNING"}
+    chosen = finalists(spec, rows)
+    runs = [(row, run) for run in range(spec.finalists.seeds) for row in chosen]
+    return [(row, run) for row, run in runs if (row.trial, run) not in ended]
+
+
+def final_seed(study_seed: int, run: int) -> int:
+    """The seed of a run: of initial weights, order and noise. None that a trial of the search had."""
+    return int(np.random.SeedSequence([study_seed, run, 2]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _value(row: TrialRow) -> float:
+    assert row.ranks_by is not None
+    return row.ranks_by
