@@ -33,22 +33,22 @@ def finalists(spec: StudySpec, rows: list[TrialRow]) -> list[TrialRow]:
 
 
 def dropped(rows: list[TrialRow]) -> Mapping[str, str]:
-    """Activation -> why it has no finalist."""
+    """Activation -> why it has no finalist. Two always have, if there are two with a healthy trial: one has no rival."""
     best = {row.activations: row for row in reversed(ranked(rows))}
     ended: dict[str, list[TrialRow]] = defaultdict(list)
     for row in rows:
         if row.state != "RUNNING":
             ended[row.activations].append(row)
-    lowest = min((_value(row) for row in best.values()), default=0.0)
-    reasons = {}
-    for activation, its_rows in ended.items():
-        failed = sum(row.status != "ok" for row in its_rows)
-        if activation not in best:
-            reasons[activation] = "no healthy trial has trained to its last epoch"
-        elif failed > DROP_FAILING * len(its_rows):
-            reasons[activation] = f"{failed} of {len(its_rows)} trials failed"
-        elif (behind := _value(best[activation]) - lowest) > DROP_NATS:
-            reasons[activation] = f"its best trial is {behind:.1f} nats behind"
+    failed = {name: sum(row.status != "ok" for row in its_rows) for name, its_rows in ended.items()}
+    fails = {name: failed[name] > DROP_FAILING * len(ended[name]) for name in best}
+    order = sorted(best, key=lambda name: (fails[name], _value(best[name])))
+    reasons = {name: "no healthy trial has trained to its last epoch" for name in ended if name not in best}
+    for name in order[2:]:
+        behind = _value(best[name]) - _value(best[order[0]])
+        if fails[name]:
+            reasons[name] = f"{failed[name]} of {len(ended[name])} trials failed"
+        elif behind > DROP_NATS:
+            reasons[name] = f"its best trial is {behind:.1f} nats behind"
     return reasons
 
 

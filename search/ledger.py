@@ -68,7 +68,7 @@ class TableWriter(Generic[Row]):
         self.table, self.folder, self.schema = table, study_path / table, SCHEMAS[table]
         self._parts: list[_Part[Row]] = [_Part(0, self.schema.empty_table())]
         self._home: dict[Hashable, _Part[Row]] = {}  # of the open rows
-        self.folder.mkdir(parents=True, exist_ok=True)
+        study_path.mkdir(parents=True, exist_ok=True)
 
     def resume(self, parts: Mapping[int, pa.Table], is_open: Callable[[pa.Table], pa.ChunkedArray]) -> None:
         """Go on with the parts that are on disk, by number. `is_open` tells the rows that may be replaced yet."""
@@ -135,10 +135,11 @@ class TableWriter(Generic[Row]):
 
 def _write_of(folder: Location, number: int, table: pa.Table) -> Write:
     rank = list(SCHEMAS).index(folder.name)
-    return Write(folder / f"part-{number:05d}.parquet", rank, functools.partial(_encoded, table))
+    return Write(folder / f"part-{number:05d}.parquet", rank, functools.partial(_encoded, folder, table))
 
 
-def _encoded(table: pa.Table) -> pa.Buffer:
+def _encoded(folder: Location, table: pa.Table) -> pa.Buffer:
+    folder.mkdir(exist_ok=True)  # only now: a table without rows has none
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue()

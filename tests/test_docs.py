@@ -61,7 +61,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 study=spec.name, trial=number, epoch=epoch, attempt=1, train_nelbo=25.0, train_recon=20.0, train_kl=5.0,
                 val_nelbo=30.0 - epoch, val_recon=20.0, val_kl=10.0 - epoch, active_units=1, grad_norm=120.0,
                 clipped_steps=epoch % 2, skipped_steps=0, kl_weight=1.0, wall_s=0.1, samples_per_s=1e4 + number,
-                reported_at=now + timedelta(seconds=epoch),
+                objective=30.0 - epoch, reported_at=now + timedelta(seconds=epoch),
             )
             for epoch in range(1, num_epochs + 1)
         )  # fmt: skip

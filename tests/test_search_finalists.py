@@ -109,6 +109,14 @@ def test_the_best_of_each_activation_in_the_running_are_finalists_best_first():
     assert [found.trial for found in finalists(two, rows)] == [3, 1, 10, 2, 0]
 
 
+def test_the_leader_keeps_a_rival_however_far_behind_it_is_or_often_it_fails():
+    rows = [row(0, "tanh", 20.0), row(1, "linear", 29.0), row(2, "relu", 31.0)]
+    assert dropped(rows) == {"relu": "its best trial is 11.0 nats behind"}
+    failing = [row(number, "linear", None, state="PRUNED", status="diverged") for number in (3, 4)]
+    assert dropped([*rows, *failing]) == {"linear": "2 of 3 trials failed"}
+    assert dropped([row for row in [*rows, *failing] if row.activation != "relu"]) == {}
+
+
 def test_runs_of_one_seed_come_before_those_of_the_next_and_ended_ones_do_not_come_again():
     rows = [row(0, "relu", 23.0), row(1, "tanh", 23.1)]
     spec = StudySpec.model_validate({"goal": "compare-activations", "finalists": {"seeds": 2}})

@@ -16,7 +16,6 @@ from PIL import Image
 import search.publish
 from search.publish import TOLERANCE_NATS, ExportMismatch, export_best, export_models, publish_best
 from search.results import Study, open_study, ranked
-from search.tables import SCHEMAS
 from vae import export
 from vae.config import InputError
 from vae.data import Dataset, load_data
@@ -40,7 +39,7 @@ JUDGE = dedent(
 )
 
 
-CONTENTS = sorted(["models", "study.toml", *SCHEMAS])
+CONTENTS = ["attempts", "diagnostics", "epochs", "layers", "models", "study.toml", "trials"]
 
 
 def judged(*folders: Path) -> list[tuple[float, int, bool, bool]]:

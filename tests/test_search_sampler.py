@@ -673,3 +673,57 @@ def test_optuna_says_nothing_on_its_own(desk, capfd):
     desk.end(desk.ask()[0], result(curve(1, 6), final=True))
     assert optuna.logging.get_verbosity() >= optuna.logging.ERROR
     assert capfd.readouterr() == ("", "")
+
+
+# ---- a comparison
+
+
+def compared_spec() -> StudySpec:
+    return make_spec(
+        goal="compare-activations",
+        space={"activation": ["relu", "leaky_relu"]},
+        budget={"trials": 12, "max_epochs": 6},
+        comparison={"settings": 2},
+        sampler={"startup_trials": 2},
+    )
+
+
+def finish(desk: Desk, asked: list[tuple[str, dict[str, Any]]]) -> None:
+    for trial_id, config in asked:
+        value = 25.0 + math.sin(config["trial"]) + config["params"]["dropout"]
+        desk.end(trial_id, result({epoch: value for epoch in range(1, 7)}, final=True))
+
+
+def test_each_activation_is_refined_by_what_is_known_of_it_alone(tmp_path):
+    """What the other one's trials came to changes no suggestion."""
+    suggested = []
+    for shift in (0.0, 100.0):
+        desk = Desk(tmp_path / f"study {shift}", compared_spec())
+        for _ in range(12):
+            trial_id, config = desk.ask()
+            value = 25.0 + config["params"]["dropout"] + (shift if config["params"]["activation"] == "relu" else 0)
+            desk.end(trial_id, result({epoch: value for epoch in range(1, 7)}, final=True))
+        suggested.append([row.params for row in read_trials(desk.path) if row.activation == "leaky_relu"])
+    assert suggested[0] == suggested[1]
+
+
+def test_a_comparison_rebuilt_from_the_ledger_suggests_what_it_would_have(tmp_path):
+    desk = Desk(tmp_path / "study", compared_spec())
+    for _ in range(4):
+        finish(desk, [desk.ask(), desk.ask()])
+    asked = [desk.ask(), desk.ask(), desk.ask()]
+    desk.row(8)
+    again = desk.reborn(tmp_path / "copy")
+    assert [again.ask()[1] for _ in asked] == [config for _, config in asked]
+    finish(again, [(f"tune-{number}", {**asked[number][1]}) for number in range(3)])
+    assert again.ask()[1]["trial"] == 11
+    for live, rebuilt in zip(desk.searcher.arms, again.searcher.arms, strict=True):
+        ended = [trial for trial in live.study.get_trials() if trial.state.is_finished()]
+        assert [essence(trial) for trial in ended] == [essence(t) for t in rebuilt.study.get_trials()[: len(ended)]]
+
+
+def test_a_comparison_ends_with_its_last_trial(tmp_path):
+    desk = Desk(tmp_path / "study", compared_spec())
+    for _ in range(12):
+        finish(desk, [desk.ask()])
+    assert desk.searcher.suggest("one more") == Searcher.FINISHED

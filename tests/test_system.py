@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from search.results import Study, open_study
+from search.results import Study, exported, open_study
 from search.tables import SCHEMAS
 from vae.data import load_data
 from vae.export import read_config
@@ -204,8 +204,7 @@ def assert_whole(study: Study, trials: int) -> None:
     left = {path.name for path in study.path.iterdir()}
     assert left <= {"study.toml", "models", *SCHEMAS}
     assert not [file for folder in study.path.iterdir() for file in folder.glob("*.tmp")]
-    healthy = len(study.summary().leaders)
-    assert len(study.model_folders()) == min(study.spec.export.top, healthy)
+    assert len(study.model_folders()) == len(exported(study.spec, rows))
 
 
 def assert_retrains(study: Study, trial: int) -> None:
