@@ -34,6 +34,9 @@ Concurrency = Annotated[str | None, typer.Option(help="Trials at once, or auto."
 Assignments = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other key: --set train.beta=0.5")
 ]
+Confirm = Annotated[
+    bool, typer.Option("--confirm", help="Then train the best of each activation anew, from fresh seeds.")
+]
 Extend = Annotated[int, typer.Option(help="More trials for a study that is complete.", min=0)]
 Address = Annotated[str | None, typer.Option(help="A Ray cluster to join.", envvar="RAY_ADDRESS")]
 
@@ -69,10 +72,11 @@ def run(
     trials: Annotated[int | None, typer.Option(help="Configurations to try.")] = None,
     max_epochs: Annotated[int | None, typer.Option(help="Epochs of a trial that is not stopped early.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of split, suggestions and trials.")] = None,
-    goal: Annotated[str | None, typer.Option(help="best-model.")] = None,
+    goal: Annotated[str | None, typer.Option(help="best-model or compare-activations.")] = None,
     cpus_per_trial: Annotated[int | None, typer.Option(help="Cores of a trial.")] = None,
     gpus_per_trial: Annotated[float | None, typer.Option(help="GPUs of a trial: 0, a share, or a number.")] = None,
     concurrency: Concurrency = None,
+    confirm: Confirm = False,
     set_: Assignments = None,
     extend: Extend = 0,
     address: Address = None,
@@ -90,6 +94,7 @@ def run(
         "budget.max_epochs": max_epochs,
         "seed": seed,
         "goal": goal,
+        "finalists.confirm": confirm or None,
         "resources.cpus_per_trial": cpus_per_trial,
         "resources.gpus_per_trial": gpus_per_trial,
         "resources.concurrency": _concurrency(concurrency),
@@ -104,6 +109,7 @@ def resume(
     data: MovedData = None,
     data_dir: MovedDir = None,
     concurrency: Concurrency = None,
+    confirm: Confirm = False,
     set_: Assignments = None,
     extend: Extend = 0,
     address: Address = None,
@@ -119,6 +125,7 @@ def resume(
         "data.source": data,
         "data.data_dir": data_dir,
         "resources.concurrency": _concurrency(concurrency),
+        "finalists.confirm": confirm or None,
     }
     opened = open_study(_folder(storage, study))
     _run(StudySpec.load(opened.path / STUDY_FILE, _overrides(flags, set_)), address, extend, json)
@@ -160,8 +167,51 @@ def show(
 
 
 @app.command()
+def compare(
+    studies: Annotated[list[str], typer.Argument(metavar="STUDY...", help="Several: one a data set, ranked over all.")],
+    storage: Storage = DEFAULT_STORAGE,
+    a: Annotated[str | None, typer.Option("--a", help="One activation, to be held against --b.")] = None,
+    b: Annotated[str | None, typer.Option("--b", help="The other one.")] = None,
+    importances: Annotated[
+        bool, typer.Option("--importances", help="Also which parameters decided; a few seconds more.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Which activation is best, how sure that is, and what each costs; also while it runs."""
+    from dataclasses import asdict
+
+    from search.comparison import as_plain, compare, document, pair
+    from search.comparison_table import print_across, print_comparison, print_pair
+    from search.results import open_study
+
+    if (a is None) != (b is None) or (a is not None and len(studies) > 1):
+        raise InputError("--a and --b go together, with one study: --a relu --b silu")
+    comparisons = [compare(open_study(_folder(storage, name)), importances=importances or json) for name in studies]
+    first = comparisons[0]
+    if a is not None and b is not None:
+        found = pair(first, a, b)
+        if json:
+            _print_json(as_plain({"study": first.study, "setting": first.setting, "pair": asdict(found)}))
+        else:
+            print_pair(_console(), first, found)
+    elif len(comparisons) > 1:
+        from search.across import across
+        from search.across import document as document_across
+
+        ranks = across(comparisons)
+        if json:
+            _print_json(document_across(ranks, comparisons))
+        else:
+            print_across(_console(), ranks)
+    elif json:
+        _print_json(document(first))
+    else:
+        print_comparison(_console(), first, with_importances=importances)
+
+
+@app.command()
 def query(
-    sql: Annotated[str, typer.Argument(help="One SELECT over studies, trials, epochs, diagnostics, layers, attempts.")],
+    sql: Annotated[str, typer.Argument(help="One SELECT over studies, trials, epochs and the other tables.")],
     storage: Storage = DEFAULT_STORAGE,
     format: Annotated[str, typer.Option(help="table, json, csv or parquet.")] = "table",
     output: Annotated[Path | None, typer.Option("-o", "--output", help="A file instead of stdout.")] = None,
@@ -171,6 +221,23 @@ def query(
     from search.sql import query as run_query
 
     write_table(run_query(sql, storage), format, output)
+
+
+@app.command()
+def report(
+    study: Name,
+    storage: Storage = DEFAULT_STORAGE,
+    output: Annotated[
+        str | None,
+        typer.Option("-o", "--output", help="File or URL to write.  [default: report.html in the study's folder]"),
+    ] = None,
+    light: Annotated[bool, typer.Option("--light", help="Small, for mail: still figures and no script.")] = False,
+) -> None:
+    """One page of all that a study found, to keep, mail or print; also while it runs."""
+    from search.report import write_report
+    from search.results import open_study
+
+    print(write_report(open_study(_folder(storage, study)), output, light=light))
 
 
 @app.command()
@@ -270,7 +337,7 @@ def init() -> None:
 
 def _run(spec: "StudySpec", address: str | None, extend: int, json: bool) -> None:
     from search.interrupts import Interrupted
-    from search.leaderboard import as_json, print_study
+    from search.leaderboard import as_json, print_next, print_study
     from search.progress import Progress
     from search.study import run_study
 
@@ -283,6 +350,12 @@ def _run(spec: "StudySpec", address: str | None, extend: int, json: bool) -> Non
             raise typer.Exit(128 + interrupted.signum) from None
     if json:
         _print_json(as_json(study))
+    elif study.spec.finalists.confirm:
+        from search.comparison import compare
+        from search.comparison_table import print_comparison
+
+        print_comparison(_console(), compare(study, importances=False))
+        print_next(_console(), study, study.summary())
     else:
         print_study(_console(), study)
 

@@ -33,7 +33,7 @@ def finalists(spec: StudySpec, rows: list[TrialRow]) -> list[TrialRow]:
 
 
 def dropped(rows: list[TrialRow]) -> Mapping[str, str]:
-    """Activation -> why it has no finalist. Two always have, if there are two with a healthy trial: one has no rival."""
+    """Activation -> why it has no finalist. Two always have, if two have a healthy trial: one has no rival."""
     best = {row.activations: row for row in reversed(ranked(rows))}
     ended: dict[str, list[TrialRow]] = defaultdict(list)
     for row in rows:

@@ -44,6 +44,11 @@ def print_study(console: Console, study: Study) -> None:
     if summary.activations:
         console.print(_activations_table(summary))
     console.print("\n".join(_costs(summary)))
+    print_next(console, study, summary)
+
+
+def print_next(console: Console, study: Study, summary: Summary) -> None:
+    """Where the models are, and what to type next."""
     for folder in study.model_folders():
         console.print(f"model: {folder}", soft_wrap=True)
     console.print("\n".join(["next:", *next_commands(study, summary)]), soft_wrap=True, style="dim")

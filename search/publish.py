@@ -3,7 +3,6 @@
 import io
 import shutil
 import tempfile
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from search.checkpoints import CheckpointStore
 from search.checks import check_fingerprint
-from search.results import CHECKPOINTS_FOLDER, MODEL_FILE, MODELS_FOLDER, Study, exported, ranked
+from search.results import CHECKPOINTS_FOLDER, MODEL_FILE, MODELS_FOLDER, Study, exportable, exported
 from search.storage import Location, fetch_tree, replace_tree, restore_tree
 from search.tables import TrialRow
 from vae import export
@@ -31,10 +30,39 @@ class ExportMismatch(RuntimeError):
     """A model that was read back does not give the value in the ledger. It is not announced."""
 
 
+class _Kept:
+    """The weights that a study has kept: last states in its checkpoints, and what was exported before."""
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+        self._store = CheckpointStore(study.path / CHECKPOINTS_FOLDER)
+        self._exported = {int(folder.name.rpartition("-")[2]): folder for folder in study.model_folders()}
+
+    def has(self, row: TrialRow) -> bool:
+        return row.trial in self._store.trials() or row.trial in self._exported
+
+    def model(self, row: TrialRow, data: Dataset) -> VAE:
+        """Trained. Where its last state cannot be read, it is trained again from the one before, or from 0."""
+        stored = self._store.newest(row.trial)
+        if stored.state is None and row.trial in self._exported:
+            with tempfile.TemporaryDirectory(prefix="vaesearch-") as scratch:
+                return export.load(fetch_tree(self._exported[row.trial], Path(scratch) / "model"))
+        spec = self._study.spec
+        config = replace(spec.model_config_for(row.params, data.row_shape), hidden_dims=tuple(row.hidden_dims))
+        trainer = make_trainer(config, spec.train_config_for(row.params), data, seed=row.seed)
+        if stored.state is not None:
+            state = torch.load(io.BytesIO(stored.state), weights_only=True, map_location="cpu")
+            trainer.load_state_dict(state["trainer"])
+        for _ in trainer:
+            pass
+        return trainer.result.eval()
+
+
 def publish_best(study: Study, data: Dataset) -> list[Location]:
     """Export the study's best as `models/<rank>-trial-<n>/`, in place of what was exported before."""
     restore_tree(study.path / MODELS_FOLDER)
-    rows = [row for row in exported(study.spec, study.rows()) if _has_weights(study, row)]
+    kept = _Kept(study)
+    rows = [row for row in exported(study.spec, study.rows()) if kept.has(row)]
     with tempfile.TemporaryDirectory(prefix="vaesearch-") as building:
         folders = export_models(study, rows, data, Path(building))
         replace_tree(Path(building), study.path / MODELS_FOLDER, last=MODEL_FILE)
@@ -43,14 +71,15 @@ def publish_best(study: Study, data: Dataset) -> list[Location]:
 
 def export_best(study: Study, data: Dataset, top: int, to: Path) -> list[Path]:
     """Export the best `top` into a folder of the user's. Raises InputError if fewer were kept."""
-    rows = ranked(study.rows())[:top]
-    kept = [row for row in rows if _has_weights(study, row)]
+    kept = _Kept(study)
+    rows = exportable(study.spec, study.rows())[:top]
+    of_rows = sum(kept.has(row) for row in rows)
     if not rows:
         raise InputError(f"{study.path}: no trial has trained to its last epoch yet; nothing to export")
-    if len(kept) < len(rows):
+    if of_rows < len(rows):
         raise InputError(
-            f"{study.path}: the weights of the best {len(kept)} were kept, not of the best {len(rows)}; "
-            f"use --top {len(kept)}, or search with export.top = {top}"
+            f"{study.path}: the weights of the best {of_rows} were kept, not of the best {len(rows)}; "
+            f"use --top {of_rows}, or search with export.top = {top}"
         )
     return export_models(study, rows, data, to)
 
@@ -58,12 +87,12 @@ def export_best(study: Study, data: Dataset, top: int, to: Path) -> list[Path]:
 def export_models(study: Study, rows: list[TrialRow], data: Dataset, to: Path) -> list[Path]:
     """Write, read back and check one folder a row, named after its rank in `rows`."""
     check_fingerprint(study, data)
-    folders = []
+    kept, folders = _Kept(study), []
     building = to / ".building"
     for rank, row in enumerate(rows, start=1):
         folder = building / f"{rank}-trial-{row.trial}"
         try:
-            export.save(_weights(study, row, data), folder, config=_config(study, row, data), data=data)
+            export.save(kept.model(row, data), folder, config=_config(study, row, data), data=data)
             check(folder, row, data)
             shutil.rmtree(to / folder.name, ignore_errors=True)
             folders.append(folder.rename(to / folder.name))
@@ -84,35 +113,6 @@ def check(folder: Path, row: TrialRow, data: Dataset) -> None:
     allowed = TOLERANCE_NATS + TOLERANCE * (abs(row.val_recon) + row.val_kl)
     if not abs(value - row.val_nelbo) <= allowed:
         raise ExportMismatch(f"{folder}: gives {value:.5f} nats when read back, the ledger has {row.val_nelbo:.5f}")
-
-
-def _has_weights(study: Study, row: TrialRow) -> bool:
-    return row.trial in _store(study).trials() or row.trial in _exported(study)
-
-
-def _weights(study: Study, row: TrialRow, data: Dataset) -> VAE:
-    """The trained model. Where its last state cannot be read, it is trained again from the one before, or from 0."""
-    stored = _store(study).newest(row.trial)
-    if stored.state is None and row.trial in _exported(study):
-        with tempfile.TemporaryDirectory(prefix="vaesearch-") as scratch:
-            return export.load(fetch_tree(_exported(study)[row.trial], Path(scratch) / "model"))
-    config = study.spec.model_config_for(row.params, data.row_shape)
-    config = replace(config, hidden_dims=tuple(row.hidden_dims))
-    trainer = make_trainer(config, study.spec.train_config_for(row.params), data, seed=row.seed)
-    if stored.state is not None:
-        state = torch.load(io.BytesIO(stored.state), weights_only=True, map_location="cpu")
-        trainer.load_state_dict(state["trainer"])
-    for _ in trainer:
-        pass
-    return trainer.result.eval()
-
-
-def _store(study: Study) -> CheckpointStore:
-    return CheckpointStore(study.path / CHECKPOINTS_FOLDER)
-
-
-def _exported(study: Study) -> Mapping[int, Location]:
-    return {int(folder.name.rpartition("-")[2]): folder for folder in study.model_folders()}
 
 
 def _config(study: Study, row: TrialRow, data: Dataset) -> dict[str, Any]:

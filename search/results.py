@@ -23,6 +23,9 @@ MODEL_FILE = "config.json"  # of a model's folder, written last
 CHECKPOINTS_FOLDER = "checkpoints"
 FINAL_CHECKPOINTS_FOLDER = "final-checkpoints"
 
+PENALTY = 1.0
+"""A trial without a value counts as this much worse than a model that ignores its latents, in nats per example."""
+
 
 @dataclass(frozen=True)
 class ActivationSummary:
@@ -73,6 +76,12 @@ class Study:
 
     def __init__(self, path: Location) -> None:
         self.path = path
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows of it."""
+        from search.notebook import study_html
+
+        return study_html(self)
 
     @property
     def name(self) -> str:
@@ -179,13 +188,18 @@ def ranked(rows: list[TrialRow]) -> list[TrialRow]:
     return sorted(full, key=lambda row: (row.ranks_by, row.trial))
 
 
-def exported(spec: StudySpec, rows: list[TrialRow]) -> list[TrialRow]:
-    """The trials whose models are kept, best first: the best few, or the best of each activation compared."""
+def exportable(spec: StudySpec, rows: list[TrialRow]) -> list[TrialRow]:
+    """The trials whose models are worth keeping, best first: of a comparison, the best of each activation alone."""
     leaders = ranked(rows)
-    if spec.goal == "compare-activations" and spec.export.top:
-        first = {row.activations: row for row in reversed(leaders)}
-        return [row for row in leaders if first[row.activations] is row]
-    return leaders[: spec.export.top]
+    if spec.goal == "best-model":
+        return leaders
+    first = {row.activations: row for row in reversed(leaders)}
+    return [row for row in leaders if first[row.activations] is row]
+
+
+def exported(spec: StudySpec, rows: list[TrialRow]) -> list[TrialRow]:
+    """The trials whose models are kept, best first."""
+    return exportable(spec, rows)[: spec.num_exported]
 
 
 def open_study(path: str | Location) -> Study:

@@ -29,6 +29,7 @@ from ray.tune.search import Searcher
 
 from search.events import StudyEvents
 from search.ledger import Ledger
+from search.results import PENALTY
 from search.space import Space
 from search.spec import Params, StudySpec
 from search.tables import PARAMS, AttemptRow, DiagnosticsRow, EpochRow, LayerRow, TrialRow
@@ -36,9 +37,6 @@ from vae.config import OWN_PARAMETERS
 
 CONSTRAINTS = ("collapsed", "diverged", "oom")
 """Statuses the sampler learns to avoid; each is an Optuna constraint, violated at 1."""
-
-PENALTY = 1.0
-"""A trial that diverged is told as this much worse than a model that ignores its latents."""
 
 Curve = Mapping[int, float]
 """Epoch -> validation value."""

@@ -345,6 +345,61 @@ def test_query_answers_in_every_format(vaesearch, studies):
     assert [tuple(row.values()) for row in pq.read_table("best.parquet").to_pylist()] == wanted
 
 
+def test_compare_tells_the_verdict_first_or_that_there_is_none_and_what_would_make_one(vaesearch, studies):
+    said = vaesearch("compare", "digits")
+    assert (said.code, said.err) == (0, "")
+    assert said.out.startswith("no verdict: silu leads so far, for digits")
+    assert all(name in said.out for name in ("relu", "tanh", "elu"))
+    assert "4 of 5 trials ended" in said.out
+    assert "  vaesearch resume digits\n" in said.out
+    assert vaesearch("compare", "fresh").out.startswith("no verdict: no trial has ended yet")
+
+
+def test_compare_json_is_one_document(vaesearch, studies):
+    said = vaesearch("compare", "digits", "--json")
+    assert (said.code, said.err) == (0, "")
+    document = json.loads(said.out)
+    assert (document["study"], document["verdict"], document["importances"]) == ("digits", None, None)
+    assert [arm["activation"] for arm in document["arms"]][:2] == ["silu", "relu"]
+    assert document["sentence"].startswith("no verdict: silu leads so far")
+
+
+def test_compare_ranks_the_activations_of_several_studies(vaesearch, studies):
+    write_study_file(
+        studies / "fresh", StudySpec.model_validate({"name": "fresh", "budget": {"trials": 2}}), PROVENANCE
+    )
+    ledger = Ledger(studies / "fresh")
+    ledger.end_trial(trial_row(0, study="fresh", val_nelbo=90.5, activation="silu"))
+    ledger.end_trial(trial_row(1, study="fresh", val_nelbo=88.25, activation="relu"))
+    ledger.flush()
+    said = vaesearch("compare", "digits", "fresh")
+    assert (said.code, said.err) == (0, "")
+    assert said.out.startswith("no detectable difference: ")
+    assert "2 data sets are few" in said.out
+    assert "digits and fresh are of the same data" in said.out
+    document = json.loads(vaesearch("compare", "digits", "fresh", "--json").out)
+    assert document["mean_ranks"] == {"silu": 1.5, "relu": 1.5}
+    assert [comparison["study"] for comparison in document["comparisons"]] == ["digits", "fresh"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["none"], ["none", "digits, fresh"]),
+        (["digits", "--a", "relu"], ["--a and --b"]),
+        (["digits", "fresh", "--a", "relu", "--b", "silu"], ["one study"]),
+        (["digits", "--a", "relu", "--b", "silu"], ["relu has no finals"]),
+        (["digits", "--a", "relu", "--b", "glu"], ["glu is not among", "relu"]),
+        (["digits", "digits"], ["digits stands twice"]),
+        (["digits", "fresh"], ["fewer than two"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_what_cannot_be_compared_is_refused_with_why(arguments, words, vaesearch, studies):
+    complaint = refused(vaesearch, "compare", *arguments)
+    assert all(word in complaint for word in words)
+
+
 def test_data_names_every_source_and_how_to_get_what_is_missing(vaesearch, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     said = vaesearch("data")
@@ -386,7 +441,15 @@ finally:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["run", "--help"], ["init"], ["list"], ["show", "digits"], ["query", README_SQL]],
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["init"],
+        ["list"],
+        ["show", "digits"],
+        ["compare", "digits"],
+        ["query", README_SQL],
+    ],
     ids=" ".join,
 )
 def test_what_trains_nothing_loads_neither_torch_nor_ray_nor_optuna(arguments, studies):

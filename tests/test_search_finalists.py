@@ -20,6 +20,7 @@ from test_search_ledger import trial_row
 from search.events import StudyEvents
 from search.finalists import DROP_NATS, dropped, final_seed, finalists, missing_runs
 from search.ledger import Ledger
+from search.publish import export_best
 from search.results import Study, exported
 from search.sampler import trial_seed
 from search.spec import StudySpec
@@ -194,13 +195,15 @@ def test_finals_are_what_a_process_of_ones_own_gets_with_the_same_seed(compared,
     assert np.array_equal(its["nelbo"], -scores.elbo)
 
 
-def test_the_best_model_of_each_activation_is_exported_and_no_state_stays(compared, spec):
+def test_the_best_model_of_each_activation_is_exported_and_no_state_stays(compared, spec, digits, tmp_path):
     kept = exported(spec, compared.rows())
     assert len({found.activation for found in kept}) == len(kept) > 1
     assert [folder.name for folder in compared.model_folders()] == [
         f"{rank}-trial-{found.trial}" for rank, found in enumerate(kept, start=1)
     ]
     assert not list(compared.path.glob("*checkpoints*"))
+    folders = export_best(compared, digits, top=2, to=tmp_path)
+    assert [folder.name for folder in folders] == [folder.name for folder in compared.model_folders()[:2]]
 
 
 def test_a_comparison_that_is_complete_does_nothing_and_more_seeds_are_run_alone(compared, spec, tmp_path):

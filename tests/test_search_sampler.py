@@ -18,7 +18,8 @@ from ray.tune.search import Searcher
 
 from search import ledger as ledger_module
 from search.ledger import Ledger
-from search.sampler import PENALTY, StudySearcher
+from search.results import PENALTY
+from search.sampler import StudySearcher
 from search.space import Space
 from search.spec import StudySpec
 from search.tables import TrialRow, read_table, read_trials
@@ -691,7 +692,7 @@ def compared_spec() -> StudySpec:
 def finish(desk: Desk, asked: list[tuple[str, dict[str, Any]]]) -> None:
     for trial_id, config in asked:
         value = 25.0 + math.sin(config["trial"]) + config["params"]["dropout"]
-        desk.end(trial_id, result({epoch: value for epoch in range(1, 7)}, final=True))
+        desk.end(trial_id, result(dict.fromkeys(range(1, 7), value), final=True))
 
 
 def test_each_activation_is_refined_by_what_is_known_of_it_alone(tmp_path):
@@ -702,7 +703,7 @@ def test_each_activation_is_refined_by_what_is_known_of_it_alone(tmp_path):
         for _ in range(12):
             trial_id, config = desk.ask()
             value = 25.0 + config["params"]["dropout"] + (shift if config["params"]["activation"] == "relu" else 0)
-            desk.end(trial_id, result({epoch: value for epoch in range(1, 7)}, final=True))
+            desk.end(trial_id, result(dict.fromkeys(range(1, 7), value), final=True))
         suggested.append([row.params for row in read_trials(desk.path) if row.activation == "leaky_relu"])
     assert suggested[0] == suggested[1]
 
