@@ -1,60 +1,57 @@
 """The figures of a study as plotly objects: for a notebook, and for the page that `search.report` writes of it.
 
 Each is sensible also where little or nothing is known yet: then it has no trace, and `layout.meta["note"]` says why.
-Of many trials some are drawn, and the note says which. Colours are legible on white and on black alike.
+Of many trials some are drawn, and the note says which.
 """
 
-import html
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_args
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 
+from search.drawing import (
+    COLOURS,
+    LOG_SPAN,
+    MAX_POINTS,
+    QUIET,
+    band,
+    blank,
+    cap_of,
+    escaped,
+    faint,
+    finish,
+    grouped,
+    in_rows,
+    is_number,
+    jitter,
+    line_at,
+    look_of,
+    note,
+    note_thinned,
+    nothing,
+    padded,
+    points_of,
+    share_of_points,
+    short,
+    shortened,
+    thin,
+)
 from search.progress import params_text
 from search.results import Study, ranked
 from search.spec import Range, StudySpec
 from search.tables import TrialRow
-from vae.config import ActivationName
 
 if TYPE_CHECKING:
     from search.comparison import Arm, Comparison
 
-COLOURS = ("#3f83d9", "#12979b", "#8672e0", "#d07a1f", "#c4529b", "#3d9a50", "#dc4a4a", "#a07f1c")
-SYMBOLS = ("circle", "diamond", "square", "triangle-up")
-QUIET = "#868c94"
-GRID = "rgba(128, 132, 140, 0.22)"
-CLEAR = "rgba(0, 0, 0, 0)"
-HOVER, HOVER_TEXT = "#20242c", "#f4f5f7"
 WORST_TO_BEST = ((0.0, "#9a9fa6"), (0.5, "#7d97c2"), (1.0, "#1f74e0"))
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-
-FIRST = ("relu", "leaky_relu", "prelu", "tanh", "sigmoid", "elu", "silu", "gelu")  # each has a colour of its own
-_ORDER = (*FIRST, *(name for name in get_args(ActivationName) if name not in FIRST))
-
 MAX_CURVES, MAX_CURVE_POINTS = 60, 60
-MAX_POINTS = 400  # of a scatter plot
-ROW_PX, LETTER_PX = 30, 7.5
-_LOG_SPAN = 20.0  # listed values that span more than this factor are drawn on a logarithmic axis
-
-T = TypeVar("T")
-
-
-class Look(NamedTuple):
-    colour: str
-    symbol: str
-
-
-def look_of(activation: str) -> Look:
-    """The same for an activation in every figure of every study; an encoder's, where the decoder has its own."""
-    name = activation.split("/")[0]
-    place = _ORDER.index(name) if name in _ORDER else len(_ORDER)
-    return Look(COLOURS[place % len(COLOURS)], SYMBOLS[place // len(COLOURS) % len(SYMBOLS)])
 
 
 # ---- the verdict
@@ -66,10 +63,10 @@ def forest(comparison: "Comparison") -> go.Figure:
         return _best_of_each(comparison.arms)
     estimates = {estimate.name: estimate for estimate in comparison.verdict.estimates}
     names = [arm.activation for arm in comparison.arms if arm.activation in estimates]
-    figure = _figure("Test loss of each activation, with 95 % intervals", "negative log-likelihood, nats per example")
+    figure = blank("Test loss of each activation, with 95 % intervals", "negative log-likelihood, nats per example")
     for place, name in enumerate(names):
         e = estimates[name]
-        text = f"<b>{_text(name)}</b><br>mean {e.mean:.3f} [{e.interval.low:.3f}, {e.interval.high:.3f}]"
+        text = f"<b>{escaped(name)}</b><br>mean {e.mean:.3f} [{e.interval.low:.3f}, {e.interval.high:.3f}]"
         text += f"<br>median {e.median:.3f}, interquartile mean {e.iqm:.3f}, sd over seeds {e.sd:.3f}"
         text += f"<br>first in {e.first:.0%} of the draws"
         error = {
@@ -80,23 +77,23 @@ def forest(comparison: "Comparison") -> go.Figure:
             "thickness": 2.5,
             "width": 5,
         }
-        figure.add_trace(_points(name, [e.mean], [place], [text], size=11, error_x=error))
+        figure.add_trace(points_of(name, [e.mean], [place], [text], size=11, error_x=error))
     leader = min((estimates[name] for name in names), key=lambda e: e.mean, default=None)
     if leader is not None and comparison.verdict.rope > 0:
         rope = comparison.verdict.rope
-        _band(figure, leader.mean - rope, leader.mean + rope)
-        _note(
+        band(figure, leader.mean - rope, leader.mean + rope)
+        note(
             figure, f"The shaded band is {rope:.2g} nats to either side of {leader.name}: within it, as good as equal."
         )
-    return _finish(_in_rows(figure, names))
+    return finish(in_rows(figure, names))
 
 
 def differences(comparison: "Comparison") -> go.Figure:
     """What every activation loses against the leader, seed by seed, with 95 % intervals."""
-    figure = _figure("Loss beyond the leader's, seed by seed", "difference, nats per example")
+    figure = blank("Loss beyond the leader's, seed by seed", "difference, nats per example")
     verdict = comparison.verdict
     if verdict is None:
-        return _nothing(figure, "There are no two finalists yet that were trained from the same seeds.")
+        return nothing(figure, "There are no two finalists yet that were trained from the same seeds.")
     means = {estimate.name: estimate.mean for estimate in verdict.estimates}
     leader = min(means, key=lambda name: means[name], default="")
     names: list[str] = []
@@ -107,7 +104,7 @@ def differences(comparison: "Comparison") -> go.Figure:
             continue
         sign = 1 if found.a == name else -1
         ends = sorted((sign * found.interval.low, sign * found.interval.high))
-        text = f"<b>{_text(name)}</b> against {_text(leader)}<br>{sign * found.difference:+.3f} "
+        text = f"<b>{escaped(name)}</b> against {escaped(leader)}<br>{sign * found.difference:+.3f} "
         text += f"[{ends[0]:+.3f}, {ends[1]:+.3f}] nats"
         text += f"<br>p = {found.p_value:.3g}, after Holm {found.p_holm:.3g}"
         error = {
@@ -118,37 +115,37 @@ def differences(comparison: "Comparison") -> go.Figure:
             "thickness": 2.5,
             "width": 5,
         }
-        point = _points(name, [sign * found.difference], [len(names)], [text], size=11, error_x=error)
+        point = points_of(name, [sign * found.difference], [len(names)], [text], size=11, error_x=error)
         figure.add_trace(point)
         names.append(name)
     if not names:
-        return _nothing(figure, "There is only one finalist.")
-    _line(figure, x=0)
+        return nothing(figure, "There is only one finalist.")
+    line_at(figure, x=0)
     if verdict.rope > 0:
-        _band(figure, -verdict.rope, verdict.rope)
-    _note(figure, f"To the right of 0: worse than {leader}. The shaded band counts as equal.")
-    return _finish(_in_rows(figure, names))
+        band(figure, -verdict.rope, verdict.rope)
+    note(figure, f"To the right of 0: worse than {leader}. The shaded band counts as equal.")
+    return finish(in_rows(figure, names))
 
 
 def _best_of_each(arms: Sequence["Arm"]) -> go.Figure:
-    found = [(arm.activation, arm.best) for arm in arms if arm.best is not None and _is_number(arm.best.ranks_by)]
+    found = [(arm.activation, arm.best) for arm in arms if arm.best is not None and is_number(arm.best.ranks_by)]
     unit = _unit(row for _, row in found)
-    figure = _figure("The best trial of each activation", f"validation loss, {unit}")
+    figure = blank("The best trial of each activation", f"validation loss, {unit}")
     if not found:
-        return _nothing(figure, "No healthy trial has trained to its last epoch yet.")
+        return nothing(figure, "No healthy trial has trained to its last epoch yet.")
     for place, (name, row) in enumerate(found):
         assert row.ranks_by is not None
-        figure.add_trace(_points(name, [row.ranks_by], [place], [_of_trial(row)], size=11))
-    _note(figure, "One run each: the best of many looks better than it is, so there are no intervals here.")
-    return _finish(_in_rows(figure, [name for name, _ in found]))
+        figure.add_trace(points_of(name, [row.ranks_by], [place], [_of_trial(row)], size=11))
+    note(figure, "One run each: the best of many looks better than it is, so there are no intervals here.")
+    return finish(in_rows(figure, [name for name, _ in found]))
 
 
 def expected_best(comparison: "Comparison") -> go.Figure:
     """What so many trials of an activation are expected to find, from those at settings common to all."""
-    figure = _figure("The best to be expected of so many trials", "trials", "validation loss, nats per example")
+    figure = blank("The best to be expected of so many trials", "trials", "validation loss, nats per example")
     known = [arm for arm in comparison.arms if arm.expected_best]
     most = max((len(arm.expected_best) for arm in known), default=0)
-    counts = _thin(sorted({round(most ** (step / 200)) for step in range(201)}), MAX_CURVE_POINTS)
+    counts = thin(sorted({round(most ** (step / 200)) for step in range(201)}), MAX_CURVE_POINTS)
     for arm in known:
         name, (low, high) = arm.activation, arm.expected_band
         known_counts = [count for count in counts if count <= min(len(low), len(high))]
@@ -159,11 +156,11 @@ def expected_best(comparison: "Comparison") -> go.Figure:
                 name=name,
                 legendgroup=name,
                 x=[count for count, _ in outline],
-                y=_rounded(value for _, value in outline),
+                y=shortened(value for _, value in outline),
                 mode="lines",
                 line={"width": 0},
                 fill="toself",
-                fillcolor=_faint(look_of(name).colour, 0.13),
+                fillcolor=faint(look_of(name).colour, 0.13),
                 hoverinfo="skip",
                 showlegend=False,
             )
@@ -171,34 +168,34 @@ def expected_best(comparison: "Comparison") -> go.Figure:
     for arm in known:
         name = arm.activation
         points = [(count, arm.expected_best[count - 1]) for count in counts if count <= len(arm.expected_best)]
-        texts = [f"<b>{_text(name)}</b><br>best of {count}: {value:.3f}" for count, value in points]
-        line = _points(name, [count for count, _ in points], [value for _, value in points], texts, size=5)
+        texts = [f"<b>{escaped(name)}</b><br>best of {count}: {value:.3f}" for count, value in points]
+        line = points_of(name, [count for count, _ in points], [value for _, value in points], texts, size=5)
         line.update(mode="lines+markers", line={"color": look_of(name).colour, "width": 2})
         figure.add_trace(line)
-    if most > _LOG_SPAN:
+    if most > LOG_SPAN:
         figure.update_xaxes(type="log")
     if not figure.data:
-        return _nothing(figure, "Needs trials at settings common to all activations: goal = compare-activations.")
-    _note(figure, "Bands hold 95 % of what chance does to the trials drawn.")
-    return _finish(figure, cap=_cap(value for arm in known for value in arm.expected_best))
+        return nothing(figure, "Needs trials at settings common to all activations: goal = compare-activations.")
+    note(figure, "Bands hold 95 % of what chance does to the trials drawn.")
+    return finish(figure, cap=cap_of(value for arm in known for value in arm.expected_best))
 
 
 def cost_front(comparison: "Comparison") -> go.Figure:
     """What an epoch costs against what comes of it; no activation is both better and faster than one on the line."""
     means = {e.name: e.mean for e in comparison.verdict.estimates} if comparison.verdict else {}
-    figure = _figure("Cost against loss", "seconds an epoch", "test loss, nats" if means else "best trial's loss, nats")
+    figure = blank("Cost against loss", "seconds an epoch", "test loss, nats" if means else "best trial's loss, nats")
     placed: list[tuple[Arm, float, float]] = []
     for arm in comparison.arms:
         loss = means.get(arm.activation, arm.best.ranks_by if arm.best is not None and not means else None)
-        if arm.epoch_s is not None and loss is not None and _is_number(loss):
+        if arm.epoch_s is not None and loss is not None and is_number(loss):
             placed.append((arm, arm.epoch_s, loss))
     if not placed:
-        return _nothing(figure, "No activation has both a cost and a result yet.")
+        return nothing(figure, "No activation has both a cost and a result yet.")
     front = sorted((cost, loss) for arm, cost, loss in placed if arm.is_on_front)
     figure.add_trace(
         go.Scatter(
-            x=_rounded(cost for cost, _ in front),
-            y=_rounded(loss for _, loss in front),
+            x=shortened(cost for cost, _ in front),
+            y=shortened(loss for _, loss in front),
             mode="lines",
             line={"color": QUIET, "width": 1.5, "dash": "dot"},
             hoverinfo="skip",
@@ -207,29 +204,29 @@ def cost_front(comparison: "Comparison") -> go.Figure:
     )
     for arm, cost, loss in placed:
         size = f", {arm.num_parameters:,} parameters" if arm.num_parameters is not None else ""
-        text = f"<b>{_text(arm.activation)}</b><br>{loss:.3f} nats at {cost:.3g} s an epoch{size}"
-        point = _points(arm.activation, [cost], [loss], [text], size=11)
-        point.update(mode="markers+text", text=[_text(arm.activation)], textposition="top center", cliponaxis=False)
+        text = f"<b>{escaped(arm.activation)}</b><br>{loss:.3f} nats at {cost:.3g} s an epoch{size}"
+        point = points_of(arm.activation, [cost], [loss], [text], size=11)
+        point.update(mode="markers+text", text=[escaped(arm.activation)], textposition="top center", cliponaxis=False)
         figure.add_trace(point)
-    _note(figure, "No activation is both better and faster than those on the dotted line.")
+    note(figure, "No activation is both better and faster than those on the dotted line.")
     losses, costs = [loss for _, _, loss in placed], [cost for _, cost, _ in placed]
-    figure.update_xaxes(range=_padded(min(costs), max(costs), 0.12))
-    figure.update_yaxes(range=_padded(min(losses), max(losses), 0.12))
-    return _finish(figure)
+    figure.update_xaxes(range=padded(min(costs), max(costs), 0.12))
+    figure.update_yaxes(range=padded(min(losses), max(losses), 0.12))
+    return finish(figure)
 
 
 def importances(comparison: "Comparison") -> go.Figure:
     """Which parameters matter: shares by PED-ANOVA, with failed trials and without."""
-    figure = _figure("What matters", "share of the importance")
+    figure = blank("What matters", "share of the importance")
     found = comparison.importances
     if not found:
-        return _nothing(figure, "Needs more trials that cover the space evenly: goal = compare-activations.")
+        return nothing(figure, "Needs more trials that cover the space evenly: goal = compare-activations.")
     names = sorted(found, key=lambda name: -found[name])
     healthy = comparison.importances_without_failures
     series = [("all trials", found, COLOURS[0])]
     if healthy and healthy != found:
         series.append(("without those that failed", healthy, QUIET))
-        _note(figure, "Blue: all trials at the common settings; grey: without those that failed.")
+        note(figure, "Blue: all trials at the common settings; grey: without those that failed.")
     height = 0.8 / len(series)
     for number, (label, shares, colour) in enumerate(series):
         values = [shares.get(name, 0.0) for name in names]
@@ -237,18 +234,18 @@ def importances(comparison: "Comparison") -> go.Figure:
             go.Bar(
                 name=label,
                 orientation="h",
-                x=_rounded(values),
+                x=shortened(values),
                 y=[place - 0.4 + height * (number + 0.5) for place in range(len(names))],
                 width=[height * 0.9] * len(names),
                 marker={"color": colour},
                 hovertext=[
-                    f"<b>{_text(name)}</b>, {label}: {value:.0%}" for name, value in zip(names, values, strict=True)
+                    f"<b>{escaped(name)}</b>, {label}: {value:.0%}" for name, value in zip(names, values, strict=True)
                 ],
                 hoverinfo="text",
             )
         )
     figure.update_xaxes(tickformat=".0%", range=[0, 1.05 * max(max(shares.values()) for _, shares, _ in series) or 1])
-    return _finish(_in_rows(figure, names))
+    return finish(in_rows(figure, names))
 
 
 # ---- the search
@@ -257,12 +254,12 @@ def importances(comparison: "Comparison") -> go.Figure:
 def learning_curves(study: Study) -> go.Figure:
     """Loss by epoch: bold the best of each activation, a cross where a trial was stopped before its last epoch."""
     rows = study.rows()
-    figure = _figure("Learning curves", "epoch", f"validation loss, {_unit(rows)}")
+    figure = blank("Learning curves", "epoch", f"validation loss, {_unit(rows)}")
     drawn = _curves_to_draw(rows)
     curves = _curves(study.epochs(), {row.trial for row in drawn})
     drawn = [row for row in drawn if row.trial in curves]
     if not drawn:
-        return _nothing(figure, "No epoch has been reported yet.")
+        return nothing(figure, "No epoch has been reported yet.")
     leading = {row.trial for row in _best_by_activation(rows)}
     by_activation: dict[str, list[TrialRow]] = defaultdict(list)
     for row in drawn:
@@ -273,7 +270,7 @@ def learning_curves(study: Study) -> go.Figure:
     for name, its_rows in by_activation.items():
         ends = [(row, *curves[row.trial][-1]) for row in its_rows if _was_cut_short(row)]
         texts = [f"{_of_trial(row)}<br>{_end(row)} at epoch {epoch}" for row, epoch, _ in ends]
-        crosses = _points(name, [e for _, e, _ in ends], [v for _, _, v in ends], texts, size=7)
+        crosses = points_of(name, [e for _, e, _ in ends], [v for _, _, v in ends], texts, size=7)
         crosses.marker.update(symbol="x-thin", line={"width": 1.5, "color": look_of(name).colour})
         crosses.showlegend = False
         figure.add_trace(crosses)
@@ -282,7 +279,7 @@ def learning_curves(study: Study) -> go.Figure:
     baseline = _baseline(rows)
     cap = _cap_of_curves(curves.values(), baseline)
     if baseline is not None and (cap is None or baseline <= cap):
-        _line(figure, y=baseline)
+        line_at(figure, y=baseline)
         figure.add_annotation(
             x=1, xref="paper", y=baseline, text="no latents", showarrow=False, xanchor="right", yanchor="bottom"
         )
@@ -291,8 +288,8 @@ def learning_curves(study: Study) -> go.Figure:
         notes.append(
             f"{len(drawn):,} of {len(rows):,} trials are drawn: the best of each activation, and an even choice."
         )
-    _note(figure, " ".join(notes))
-    return _finish(figure, cap=cap)
+    note(figure, " ".join(notes))
+    return finish(figure, cap=cap)
 
 
 def searched(rows: Sequence[TrialRow]) -> list[str]:
@@ -308,19 +305,19 @@ def parameter_slice(study: Study, parameter: str) -> go.Figure:
     """One parameter against the loss: filled where a trial had its full budget, hollow where it was stopped."""
     rows = [row for row in study.rows() if parameter in row.params]
     name = parameter.replace("_", " ")
-    figure = _figure(f"Loss by {name}", name, "validation loss", height=300)
+    figure = blank(f"Loss by {name}", name, "validation loss", height=300)
     known = [(row, row.params[parameter], _loss(row)) for row in rows if row.status in (None, "ok")]
-    known = [(row, value, loss) for row, value, loss in known if _is_number(loss)]
+    known = [(row, value, loss) for row, value, loss in known if is_number(loss)]
     if not known:
-        return _nothing(figure, "No healthy trial has a value yet.")
-    full = _thin(sorted((k for k in known if _is_full(k[0])), key=lambda k: k[2]), MAX_POINTS)
-    stopped = _thin(sorted((k for k in known if not _is_full(k[0])), key=lambda k: k[2]), MAX_POINTS // 2)
+        return nothing(figure, "No healthy trial has a value yet.")
+    full = thin(sorted((k for k in known if _is_full(k[0])), key=lambda k: k[2]), MAX_POINTS)
+    stopped = thin(sorted((k for k in known if not _is_full(k[0])), key=lambda k: k[2]), MAX_POINTS // 2)
     numbers = [value for _, value, _ in known if not isinstance(value, str)]
     categories = sorted({str(value) for _, value, _ in known}) if not numbers else []
     for entries, is_full in ((stopped, False), (full, True)):
-        for activation, its in _grouped(entries, lambda entry: entry[0].activations).items():
-            xs = [categories.index(str(v)) + _jitter(row.trial) if categories else v for row, v, _ in its]
-            points = _points(
+        for activation, its in grouped(entries, lambda entry: entry[0].activations).items():
+            xs = [categories.index(str(v)) + jitter(row.trial) if categories else v for row, v, _ in its]
+            points = points_of(
                 activation, xs, [loss for _, _, loss in its], [_of_trial(row) for row, _, _ in its], size=7
             )
             if not is_full:
@@ -333,22 +330,22 @@ def parameter_slice(study: Study, parameter: str) -> go.Figure:
         )
     elif min(numbers) > 0 and _is_logarithmic(study.spec, parameter, numbers):
         figure.update_xaxes(type="log")
-    _note_thinned(figure, len(full) + len(stopped), len(known))
-    cap = _cap([loss for _, _, loss in full] or [loss for _, _, loss in stopped])
+    note_thinned(figure, len(full) + len(stopped), len(known))
+    cap = cap_of([loss for _, _, loss in full] or [loss for _, _, loss in stopped])
     baseline = _baseline(rows)
-    return _finish(figure, cap=cap if baseline is None else max(cap, baseline))
+    return finish(figure, cap=cap if baseline is None else max(cap, baseline))
 
 
 def slices(study: Study) -> go.Figure:
     """All searched parameters against the loss, side by side."""
     names = searched(study.rows())
     if not names:
-        return _nothing(_figure("Parameters", "", ""), "No parameter differs between trials yet.")
+        return nothing(blank("Parameters", "", ""), "No parameter differs between trials yet.")
     parts = [parameter_slice(study, name) for name in names]
     columns = min(3, len(parts))
     lines = -(-len(parts) // columns)
     whole = make_subplots(lines, columns, horizontal_spacing=0.08, vertical_spacing=0.25 / lines)
-    whole.update_layout(_figure("Parameters", "", "", height=320 * lines).layout)
+    whole.update_layout(blank("Parameters", "", "", height=320 * lines).layout)
     shown: set[str] = set()
     for place, part in enumerate(parts):
         line, column = place // columns + 1, place % columns + 1
@@ -364,13 +361,13 @@ def slices(study: Study) -> go.Figure:
 
 def learning_rates(study: Study) -> go.Figure:
     """Learning rate x activation: which rates suit which activation. The bluer and larger, the lower the loss."""
-    rows = [row for row in study.rows() if row.status in (None, "ok") and _is_number(_loss(row))]
-    figure = _figure("Learning rate and activation", "learning rate")
+    rows = [row for row in study.rows() if row.status in (None, "ok") and is_number(_loss(row))]
+    figure = blank("Learning rate and activation", "learning rate")
     if not rows:
-        return _nothing(figure, "No healthy trial has a value yet.")
+        return nothing(figure, "No healthy trial has a value yet.")
     names = list(dict.fromkeys(row.activations for row in sorted(rows, key=lambda r: (not _is_full(r), _loss(r)))))
-    groups = _grouped(rows, lambda row: row.activations).values()
-    drawn = [row for its in groups for row in _thin(sorted(its, key=_loss), _share_of_points(len(groups)))]
+    groups = grouped(rows, lambda row: row.activations).values()
+    drawn = [row for its in groups for row in thin(sorted(its, key=_loss), share_of_points(len(groups)))]
     drawn.sort(key=_loss, reverse=True)  # the best on top
     losses = [_loss(row) for row in drawn]
     lowest = min(losses)
@@ -381,11 +378,11 @@ def learning_rates(study: Study) -> go.Figure:
     share = [1 - min(1.0, (loss - lowest) / ((highest - lowest) or 1.0)) for loss in losses]
     figure.add_trace(
         go.Scatter(
-            x=_rounded(row.learning_rate for row in drawn),
-            y=[names.index(row.activations) + 0.7 * _jitter(row.trial) for row in drawn],
+            x=shortened(row.learning_rate for row in drawn),
+            y=[names.index(row.activations) + 0.7 * jitter(row.trial) for row in drawn],
             mode="markers",
             marker={
-                "color": _rounded(share),
+                "color": shortened(share),
                 "cmin": 0,
                 "cmax": 1,
                 "colorscale": [list(stop) for stop in WORST_TO_BEST],
@@ -403,9 +400,9 @@ def learning_rates(study: Study) -> go.Figure:
     if max(rates) > min(rates):
         figure.update_xaxes(type="log")
     text = f"The bluer and larger, the lower the loss, from {highest:.4g} down to {lowest:.4g} {_unit(rows)}. "
-    _note(figure, text + "Hollow: stopped early.")
-    _note_thinned(figure, len(drawn), len(rows))
-    return _finish(_in_rows(figure, names))
+    note(figure, text + "Hollow: stopped early.")
+    note_thinned(figure, len(drawn), len(rows))
+    return finish(in_rows(figure, names))
 
 
 # ---- what the models were like
@@ -416,7 +413,7 @@ def dead_units(study: Study) -> go.Figure:
     worst: dict[int, float] = {}
     for trial, _, dead in _last_of_each(study.layers(), "dead"):
         worst[trial] = max(dead, worst.get(trial, 0.0))
-    figure = _figure("Dead units", "share of the units of the worst layer")
+    figure = blank("Dead units", "share of the units of the worst layer")
     return _strip(figure, study.rows(), worst, lambda v: f"{v:.0%} of a layer dead", percent=True)
 
 
@@ -425,85 +422,85 @@ def active_units(study: Study) -> go.Figure:
     size = {row.trial: row.latent_dim for row in study.rows()}
     looks = _last_of_each(study.diagnostics(), "active_units")
     shares = {trial: units / size[trial] for trial, _, units in looks if trial in size}
-    figure = _figure("Active latent units", "share of the latent dimensions")
+    figure = blank("Active latent units", "share of the latent dimensions")
     return _strip(figure, study.rows(), shares, lambda v: f"{v:.0%} of the latents active", percent=True)
 
 
 def gradient_ratios(study: Study, net: str = "encoder") -> go.Figure:
     """Gradient to weight of the first layer over that of the last: far below 1 vanishes, far above explodes."""
     looks = _last_of_each(study.diagnostics(), f"{net}_gradient_ratio")
-    ratios = {trial: ratio for trial, _, ratio in looks if _is_number(ratio) and ratio > 0}
-    figure = _figure(f"Gradients of the {net}", "first layer over last")
+    ratios = {trial: ratio for trial, _, ratio in looks if is_number(ratio) and ratio > 0}
+    figure = blank(f"Gradients of the {net}", "first layer over last")
     figure.update_xaxes(type="log")
-    _line(figure, x=1)
+    line_at(figure, x=1)
     return _strip(figure, study.rows(), ratios, lambda v: f"gradient ratio {v:.2g}")
 
 
 def rate_distortion(study: Study) -> go.Figure:
     """Rate against distortion, the two terms of the bound, at the end of each trial."""
-    figure = _figure("Rate and distortion", "rate (KL), nats per example", "distortion, nats per example")
+    figure = blank("Rate and distortion", "rate (KL), nats per example", "distortion, nats per example")
     known = {row.trial: row for row in study.rows()}
     distortion = {trial: value for trial, _, value in _last_of_each(study.diagnostics(), "distortion")}
     points = [
         (known[trial], rate, distortion[trial])
         for trial, _, rate in _last_of_each(study.diagnostics(), "rate")
-        if trial in known and _is_number(rate) and _is_number(distortion.get(trial))
+        if trial in known and is_number(rate) and is_number(distortion.get(trial))
     ]
     if not points:
-        return _nothing(figure, "No model has been looked at yet.")
-    drawn = _thin(sorted(points, key=lambda p: p[1] + p[2]), MAX_POINTS)
+        return nothing(figure, "No model has been looked at yet.")
+    drawn = thin(sorted(points, key=lambda p: p[1] + p[2]), MAX_POINTS)
     best = drawn[0][1] + drawn[0][2]
     rates = [rate for _, rate, _ in drawn]
-    cap = _cap(d for _, _, d in drawn)
+    cap = cap_of(d for _, _, d in drawn)
     figure.add_trace(
         go.Scatter(
-            x=_rounded([0, max(rates)]),
-            y=_rounded([best, best - max(rates)]),
+            x=shortened([0, max(rates)]),
+            y=shortened([best, best - max(rates)]),
             mode="lines",
             line={"color": QUIET, "width": 1.5, "dash": "dot"},
             hoverinfo="skip",
             showlegend=False,
         )
     )
-    for name, its in _grouped(drawn, lambda p: p[0].activations).items():
+    for name, its in grouped(drawn, lambda p: p[0].activations).items():
         texts = [f"{_of_trial(row)}<br>rate {r:.2f} + distortion {d:.2f} = {r + d:.2f}" for row, r, d in its]
-        points_of = _points(name, [r for _, r, _ in its], [d for _, _, d in its], texts, size=8)
-        points_of.marker.opacity = 0.75
-        figure.add_trace(points_of)
-    _note(figure, "Along the dotted line the sum is that of the lowest. Far left: latents that tell nothing.")
-    _note_thinned(figure, len(drawn), len(points))
-    figure.update_xaxes(range=_padded(0, max(rates)))
-    return _finish(figure, cap=cap)
+        cloud = points_of(name, [r for _, r, _ in its], [d for _, _, d in its], texts, size=8)
+        cloud.marker.opacity = 0.75
+        figure.add_trace(cloud)
+    note(figure, "Along the dotted line the sum is that of the lowest. Far left: latents that tell nothing.")
+    note_thinned(figure, len(drawn), len(points))
+    figure.update_xaxes(range=padded(0, max(rates)))
+    return finish(figure, cap=cap)
 
 
 def _strip(
     figure: go.Figure, rows: Sequence[TrialRow], values: Mapping[int, float], say: Any, percent: bool = False
 ) -> go.Figure:
     """A dot a trial and a bar at the median, a line of them for each activation."""
-    known = [(row, values[row.trial]) for row in rows if _is_number(values.get(row.trial))]
+    known = [(row, values[row.trial]) for row in rows if is_number(values.get(row.trial))]
     if not known:
-        return _nothing(figure, "No model has been looked at yet.")
-    groups = _grouped(known, lambda entry: entry[0].activations)
+        return nothing(figure, "No model has been looked at yet.")
+    groups = grouped(known, lambda entry: entry[0].activations)
     names = sorted(groups)
     drawn = 0
     for place, name in enumerate(names):
         its = sorted(groups[name], key=lambda entry: entry[1])
         middle = its[len(its) // 2][1]
-        shown = _thin(its, _share_of_points(len(groups)))
+        shown = thin(its, share_of_points(len(groups)))
         drawn += len(shown)
-        ys = [place + 0.8 * _jitter(row.trial) for row, _ in shown]
-        dots = _points(name, [v for _, v in shown], ys, [f"{_of_trial(row)}<br>{say(v)}" for row, v in shown], size=7)
+        ys = [place + 0.8 * jitter(row.trial) for row, _ in shown]
+        dots = points_of(name, [v for _, v in shown], ys, [f"{_of_trial(row)}<br>{say(v)}" for row, v in shown], size=7)
         dots.marker.opacity = 0.5
         figure.add_trace(dots)
-        bar = _points(name, [middle], [place], [f"<b>{_text(name)}</b>, median: {say(middle)}"], size=20)
+        bar = points_of(name, [middle], [place], [f"<b>{escaped(name)}</b>, median: {say(middle)}"], size=20)
         bar.marker.update(symbol="line-ns", line={"width": 3, "color": look_of(name).colour})
         bar.showlegend = False
         figure.add_trace(bar)
-    _note(figure, "A dot a trial, a bar at the median.")
-    _note_thinned(figure, drawn, len(known))
+    note(figure, "A dot a trial, a bar at the median.")
+    note_thinned(figure, drawn, len(known))
     if percent:
         figure.update_xaxes(tickformat=".0%", range=[-0.03, 1.03])
-    return _finish(_in_rows(figure, names))
+    return finish(in_rows(figure, names))
 
 
 def _last_of_each(table: pa.Table, column: str) -> Iterable[tuple[int, int, Any]]:
@@ -524,8 +521,8 @@ def _curves_to_draw(rows: Sequence[TrialRow]) -> list[TrialRow]:
     best = _best_by_activation(rows)
     leading = {row.trial for row in best}
     others = [row for row in rows if row.trial not in leading and row.epochs]
-    others.sort(key=lambda row: (_loss(row) if _is_number(_loss(row)) else math.inf, row.trial))
-    return [*best, *_thin(others, max(0, MAX_CURVES - len(best)))]
+    others.sort(key=lambda row: (_loss(row) if is_number(_loss(row)) else math.inf, row.trial))
+    return [*best, *thin(others, max(0, MAX_CURVES - len(best)))]
 
 
 def _curves(epochs: pa.Table, trials: set[int]) -> dict[int, list[tuple[int, float]]]:
@@ -534,9 +531,9 @@ def _curves(epochs: pa.Table, trials: set[int]) -> dict[int, list[tuple[int, flo
     found: dict[int, list[tuple[int, float]]] = defaultdict(list)
     columns = (chosen[name].to_pylist() for name in ("trial", "epoch", "objective"))
     for trial, epoch, value in zip(*columns, strict=True):
-        if _is_number(value):
+        if is_number(value):
             found[trial].append((epoch, value))
-    return {trial: _thin(sorted(curve), MAX_CURVE_POINTS) for trial, curve in found.items()}
+    return {trial: thin(sorted(curve), MAX_CURVE_POINTS) for trial, curve in found.items()}
 
 
 def _joined_curves(
@@ -547,10 +544,10 @@ def _joined_curves(
     ys: list[float | None] = []
     texts: list[str | None] = []
     for row in rows:
-        label = _text(f"trial {row.trial}, {row.activations}")
+        label = escaped(f"trial {row.trial}, {row.activations}")
         for epoch, value in curves[row.trial]:
             xs.append(epoch)
-            ys.append(_round(value))
+            ys.append(short(value))
             texts.append(f"{label}<br>epoch {epoch}: {value:.3f}")
         xs.append(None)
         ys.append(None)
@@ -572,7 +569,7 @@ def _joined_curves(
 def _cap_of_curves(curves: Iterable[list[tuple[int, float]]], baseline: float | None) -> float | None:
     """Where the axis ends, so that the first epochs do not flatten all that matters."""
     settled = [value for curve in curves for _, value in curve[len(curve) // 4 :]]
-    cap = _cap(settled, share=0.9)
+    cap = cap_of(settled, share=0.9)
     lowest = min(settled, default=0.0)
     if cap is not None and baseline is not None and lowest < baseline:
         cap = max(cap, baseline + 0.04 * (baseline - lowest)) if baseline - lowest < 3 * (cap - lowest) else cap
@@ -585,7 +582,7 @@ def _cap_of_curves(curves: Iterable[list[tuple[int, float]]], baseline: float | 
 def _is_logarithmic(spec: StudySpec, parameter: str, values: Sequence[float]) -> bool:
     """As the space has it; a list of values is if it spans much."""
     entry = getattr(spec.space, parameter, None)
-    return entry.log if isinstance(entry, Range) else max(values) > _LOG_SPAN * min(values)
+    return entry.log if isinstance(entry, Range) else max(values) > LOG_SPAN * min(values)
 
 
 def _best_by_activation(rows: Sequence[TrialRow]) -> list[TrialRow]:
@@ -602,7 +599,7 @@ def _loss(row: TrialRow) -> Any:
 def _baseline(rows: Iterable[TrialRow]) -> float | None:
     """What a model without latents has, where losses are nats: a loss above it tells no more than it."""
     known = (row.no_latent_nelbo for row in rows if row.train_objective == "elbo")
-    return next((value for value in known if _is_number(value)), None)
+    return next((value for value in known if is_number(value)), None)
 
 
 def _is_full(row: TrialRow) -> bool:
@@ -624,192 +621,5 @@ def _unit(rows: Iterable[TrialRow]) -> str:
 
 def _of_trial(row: TrialRow) -> str:
     loss = _loss(row)
-    value = f"{loss:.3f} at epoch {row.epochs} of {row.max_epochs}" if _is_number(loss) else f"epoch {row.epochs}"
-    return f"<b>trial {row.trial}</b>: {value}<br>{_text(params_text(row))}"
-
-
-# ---- plotly
-
-
-def _figure(title: str, x: str, y: str = "", height: int = 360) -> go.Figure:
-    axis = {"gridcolor": GRID, "zeroline": False, "ticks": "", "ticklabelstandoff": 4, "tickangle": 0}
-    words: dict[str, Any] = {"standoff": 10, "font": {"size": 13}}
-    return go.Figure(
-        layout={
-            "template": "none",
-            "title": {"text": title, "x": 0.01, "font": {"size": 16}},
-            "font": {"family": FONT, "size": 13, "color": QUIET},
-            "paper_bgcolor": CLEAR,
-            "plot_bgcolor": CLEAR,
-            "height": height,
-            "margin": {"l": 62, "r": 18, "t": 44, "b": 48},  # automatic ones are adjusted again and again on a phone
-            "hovermode": "closest",
-            "hoverlabel": {
-                "align": "left",
-                "bgcolor": HOVER,
-                "font": words["font"] | {"family": FONT, "color": HOVER_TEXT},
-            },
-            "legend": {"orientation": "h", "y": -0.22, "yanchor": "top"},
-            "xaxis": axis | {"title": {"text": x} | words},
-            "yaxis": axis | {"title": {"text": y} | words},
-            "barmode": "overlay",
-            "meta": {"note": ""},
-        }
-    )
-
-
-def _points(
-    name: str, x: Iterable[float], y: Iterable[float], texts: Sequence[str], size: float, **more: Any
-) -> go.Scatter:
-    look = look_of(name)
-    return go.Scatter(
-        name=name,
-        legendgroup=name,
-        x=_rounded(x),
-        y=_rounded(y),
-        mode="markers",
-        marker={"color": look.colour, "symbol": look.symbol, "size": size},
-        hovertext=list(texts),
-        hoverinfo="text",
-        **more,
-    )
-
-
-def _in_rows(figure: go.Figure, names: Sequence[str]) -> go.Figure:
-    """A line of the figure for each name, from the top."""
-    count = len(names)
-    figure.update_yaxes(
-        tickvals=list(range(count)), ticktext=[_text(name) for name in names], range=[count - 0.5, -0.5], title=None
-    )
-    left = 18 + LETTER_PX * max(map(len, names), default=0)
-    figure.update_layout(height=104 + ROW_PX * max(count, 2), margin={"l": left})
-    figure.layout.legend.y = -60 / (16 + ROW_PX * max(count, 2))
-    return figure
-
-
-def _band(figure: go.Figure, low: float, high: float) -> None:
-    figure.add_shape(
-        type="rect", x0=low, x1=high, y0=0, y1=1, yref="paper", fillcolor=_faint(QUIET, 0.16), line={"width": 0}
-    )
-
-
-def _line(figure: go.Figure, x: float | None = None, y: float | None = None) -> None:
-    ends = {"x0": x, "x1": x, "y0": 0, "y1": 1, "yref": "paper"}
-    if y is not None:
-        ends = {"x0": 0, "x1": 1, "xref": "paper", "y0": y, "y1": y}
-    figure.add_shape(type="line", line={"color": QUIET, "width": 1.2, "dash": "dash"}, **ends)
-
-
-def _note(figure: go.Figure, text: str) -> None:
-    figure.layout.meta = {"note": " ".join(filter(None, (figure.layout.meta["note"], text)))}
-
-
-def _note_thinned(figure: go.Figure, drawn: int, known: int) -> None:
-    if drawn < known:
-        _note(figure, f"{drawn:,} of {known:,} trials are drawn, an even choice.")
-
-
-def _nothing(figure: go.Figure, why: str) -> go.Figure:
-    _note(figure, why)
-    figure.update_layout(height=160, shapes=[])
-    figure.update_xaxes(visible=False)
-    figure.update_yaxes(visible=False)
-    figure.add_annotation(x=0.5, y=0.5, xref="paper", yref="paper", text=why, showarrow=False)
-    return figure
-
-
-def _finish(figure: go.Figure, cap: float | None = None) -> go.Figure:
-    """Give both axes a range, where they have none: what is drawn of the figure elsewhere must agree with plotly."""
-    for axis, letter in ((figure.layout.xaxis, "x"), (figure.layout.yaxis, "y")):
-        values = [value for trace in figure.data for value in _extent(trace, letter)]
-        if axis.range is None and values:
-            high = max(values) if cap is None or letter == "x" else min(max(values), max(cap, min(values)))
-            if axis.type == "log":
-                axis.range = _padded(math.log10(min(values)), math.log10(high))
-                ticks = dict(_log_ticks(*axis.range))
-                axis.update(tickvals=list(ticks), ticktext=list(ticks.values()))
-            else:
-                axis.range = _padded(min(values), high)
-    return figure
-
-
-def _extent(trace: Any, letter: str) -> list[float]:
-    values = [value for value in trace[letter] or () if _is_number(value)]
-    if letter == "x" and trace.type == "scatter" and trace.error_x.array is not None:
-        values += [trace.x[0] + trace.error_x.array[0], trace.x[0] - trace.error_x.arrayminus[0]]
-    return values
-
-
-def _log_ticks(low: float, high: float) -> Iterator[tuple[float, str]]:
-    """Values and texts: 1, 2 and 5 of each decade, fewer of them where there are more decades."""
-    factors = (1, 2, 5) if high - low < 1.6 else (1, 3) if high - low < 3.2 else (1,)
-    for power in range(math.floor(low), math.ceil(high) + 1, max(1, round((high - low) / 6))):
-        for factor in factors:
-            if low <= power + math.log10(factor) <= high:
-                value = factor * 10.0**power
-                text = f"{factor}e{power}" if power < -3 or power > 5 else f"{value:g}"
-                yield value, text.replace("-", "\u2212")
-
-
-def _padded(low: float, high: float, share: float = 0.05) -> list[float]:
-    pad = share * (high - low) or 0.05 * abs(high) or 0.5
-    return [low - pad, high + pad]
-
-
-# ---- numbers
-
-
-def _cap(values: Iterable[float], share: float = 0.95) -> Any:
-    """The quantile beyond which values would only squeeze the others; None without values."""
-    ordered = sorted(value for value in values if _is_number(value))
-    if not ordered:
-        return None
-    quantile = ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)))]
-    return quantile if ordered[-1] - ordered[0] > 2 * (quantile - ordered[0]) else ordered[-1]
-
-
-def _thin(items: Sequence[T], count: int) -> list[T]:
-    """At most so many of a sequence, evenly chosen, the first and the last among them."""
-    if len(items) <= count:
-        return list(items)
-    if count < 2:
-        return list(items[:count])
-    return [items[round(place * (len(items) - 1) / (count - 1))] for place in range(count)]
-
-
-def _share_of_points(groups: int) -> int:
-    return max(10, MAX_POINTS // groups)
-
-
-def _grouped(items: Iterable[T], key: Any) -> dict[str, list[T]]:
-    groups: dict[str, list[T]] = defaultdict(list)
-    for item in items:
-        groups[key(item)].append(item)
-    return dict(groups)
-
-
-def _jitter(number: int) -> float:
-    """In [-0.3, 0.3], always the same for a trial."""
-    return 0.6 * (number * 0.618034 % 1 - 0.5)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _round(value: float) -> float:
-    return float(f"{value:.6g}")
-
-
-def _rounded(values: Iterable[float]) -> list[float | None]:
-    return [_round(value) if _is_number(value) else None for value in values]
-
-
-def _faint(colour: str, opacity: float) -> str:
-    red, green, blue = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
-    return f"rgba({red}, {green}, {blue}, {opacity})"
-
-
-def _text(text: str) -> str:
-    """Plotly reads a little HTML in texts."""
-    return html.escape(text, quote=False)
+    value = f"{loss:.3f} at epoch {row.epochs} of {row.max_epochs}" if is_number(loss) else f"epoch {row.epochs}"
+    return f"<b>trial {row.trial}</b>: {value}<br>{escaped(params_text(row))}"

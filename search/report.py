@@ -22,6 +22,7 @@ from markupsafe import Markup
 
 from search import figures
 from search.comparison import Arm, Comparison, compare
+from search.drawing import look_of
 from search.leaderboard import ADVERSARIAL
 from search.lease import Lease, LeaseHeld
 from search.pictures import pictures
@@ -214,7 +215,7 @@ class _Key:
 
     def __init__(self, activation: str) -> None:
         self.activation = activation
-        self.colour, self.symbol = figures.look_of(activation)
+        self.colour, self.symbol = look_of(activation)
 
 
 # ---- what the page says in words and tables

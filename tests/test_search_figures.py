@@ -12,7 +12,7 @@ from report_studies import ACTIVATIONS, BASELINE, made_up_study, write_tables
 from test_search_ledger import epoch_row, trial_row
 from test_search_results import make_study
 
-from search import figures
+from search import drawing, figures
 from search.comparison import Comparison, compare
 from search.results import Study
 from search.statistics import Estimate, Interval, Pair, Verdict
@@ -106,9 +106,9 @@ def test_trials_without_a_finite_value_are_left_out(draw, tmp_path):
 
 
 def test_each_activation_looks_like_no_other_and_the_usual_eight_differ_in_colour():
-    assert len({figures.look_of(name) for name in get_args(ActivationName)}) == len(get_args(ActivationName))
-    assert len({figures.look_of(name).colour for name in figures.FIRST}) == 8
-    assert figures.look_of("relu/silu") == figures.look_of("relu")
+    assert len({drawing.look_of(name) for name in get_args(ActivationName)}) == len(get_args(ActivationName))
+    assert len({drawing.look_of(name).colour for name in drawing.FIRST}) == 8
+    assert drawing.look_of("relu/silu") == drawing.look_of("relu")
 
 
 def luminance(colour: str) -> float:
@@ -120,7 +120,7 @@ def luminance(colour: str) -> float:
 @pytest.mark.parametrize("ground", ["#ffffff", "#181b21"])
 def test_colours_stand_out_on_white_and_on_the_dark_page(ground):
     """3 to 1 is what WCAG 2.1 asks of graphical objects (1.4.11)."""
-    for colour in (*figures.COLOURS, figures.QUIET):
+    for colour in (*drawing.COLOURS, drawing.QUIET):
         low, high = sorted((luminance(colour), luminance(ground)))
         assert (high + 0.05) / (low + 0.05) >= 3, colour
 
@@ -262,8 +262,8 @@ def test_the_drawing_of_a_figure_is_well_formed_and_stays_within_its_frame(draw,
 
 
 def test_a_drawn_point_lies_where_the_axes_say():
-    figure = figures._figure("t", "x", "y", height=300)
-    figure.add_trace(figures._points("silu", [1.0, 10.0, 100.0], [1.0, 2.0, 3.0], ["", "", ""], size=8))
+    figure = drawing.blank("t", "x", "y", height=300)
+    figure.add_trace(drawing.points_of("silu", [1.0, 10.0, 100.0], [1.0, 2.0, 3.0], ["", "", ""], size=8))
     figure.update_xaxes(type="log", range=[0, 2], tickvals=[1, 100], ticktext=["1", "100"])
     figure.update_yaxes(range=[1, 3])
     root = ElementTree.fromstring(svg(figure, ""))
@@ -277,8 +277,8 @@ def test_a_drawn_point_lies_where_the_axes_say():
 
 
 def test_points_beyond_the_axes_are_not_drawn(tmp_path: Path):
-    figure = figures._figure("t", "x", "y")
-    figure.add_trace(figures._points("silu", [0.0, 1.0, 50.0], [0.0, 1.0, 1.0], ["", "", ""], size=8))
+    figure = drawing.blank("t", "x", "y")
+    figure.add_trace(drawing.points_of("silu", [0.0, 1.0, 50.0], [0.0, 1.0, 1.0], ["", "", ""], size=8))
     figure.update_xaxes(range=[0, 1])
     figure.update_yaxes(range=[0, 1])
     assert svg(figure, "").count("h0") == 2
