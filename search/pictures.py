@@ -12,8 +12,8 @@ from search.storage import Location
 from search.tables import TrialRow
 
 SAMPLES, RECONSTRUCTIONS = "samples.png", "reconstructions.png"
-MAX_BYTES, MAX_BYTES_LIGHT = 5_000_000, 120_000  # of all pictures of a page, before their encoding adds a third
-LIGHT_PX, LIGHT_COLOURS = 360, 16
+MAX_BYTES, MAX_BYTES_LIGHT = 5_000_000, 80_000  # of all pictures of a page, before their encoding adds a third
+LIGHT_PX, LIGHT_COLOURS = 300, 8
 
 
 @dataclass(frozen=True, slots=True)
