@@ -65,6 +65,7 @@ class Confirmation:
         self._waiting = deque(begun.get((row.trial, run)) or self._new(row, run) for row, run in missing)
         self._running: dict[Any, FinalRow] = {}  # by the task's reference
         self._stalled: set[str] = set()  # tasks that are being ended because nothing moved
+        self._unneeded: list[int] = []  # states in the store
         self._data = ray.put(data)
         task: Any = ray.remote(_train_and_score)  # type: ignore[arg-type]
         self._task = task.options(
@@ -92,6 +93,12 @@ class Confirmation:
     def stalled(self, task: str) -> None:
         """A task is about to be ended, since nothing moved."""
         self._stalled.add(task)
+
+    def drop_unneeded(self) -> None:
+        """Drop the states of runs that have ended. To be called while all that the ledger knows is on disk."""
+        for number in self._unneeded:
+            self._store.drop.remote(number)  # not waited for
+        self._unneeded.clear()
 
     def _new(self, row: TrialRow, run: int) -> FinalRow:
         return FinalRow(
@@ -142,7 +149,7 @@ class Confirmation:
 
     def _end(self, row: FinalRow, nll: np.ndarray, nelbo: np.ndarray) -> None:
         self._ledger.end_final(row, _images(row, nll, nelbo))
-        self._store.drop.remote(row.trial * RUNS_APART + row.run)  # not waited for
+        self._unneeded.append(row.trial * RUNS_APART + row.run)
         self.failures = [*self.failures, row] if row.status not in ("ok", "collapsed", "diverged") else []
         for listener in self._events:
             listener.final_ended(row)

@@ -36,7 +36,7 @@ class Rounds:
         *,
         kill: Callable[[Any], None],
         stalled: Callable[[str], None],
-        written: Callable[[], None] = lambda: None,
+        written: Callable[[], None],
     ) -> None:
         """kill: ends a worker. stalled: hears of it before. written: called while all of the ledger is on disk."""
         self.watchdog = Watchdog(spec.budget.stall_timeout_s, kill)

@@ -199,7 +199,7 @@ class _Driver:
             rows, finals = contents.trials, contents.finals
             confirmation = Confirmation(self.spec, self.data, ledger, server, rows, finals, self.events)
             kill = functools.partial(ray.cancel, force=True)
-            rounds = self._rounds(ledger, server, kill, confirmation.stalled)
+            rounds = self._rounds(ledger, server, kill, confirmation.stalled, confirmation.drop_unneeded)
             confirmation.run(rounds, self.concurrency)
             rounds.finish()
         self._raise_if_failed("finalists' runs", confirmation.failures, confirmation.gave_up)
@@ -233,7 +233,7 @@ class _Driver:
         server: Any,
         kill: Callable[[Any], None],
         stalled: Callable[[str], None],
-        written: Callable[[], None] = lambda: None,
+        written: Callable[[], None],
     ) -> Rounds:
         patience = Patience(self.path, self.spec.storage.patience_s, self.say)
         return Rounds(

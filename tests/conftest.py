@@ -1,5 +1,6 @@
 """Shared by all tests: one torch thread, and one Ray for those that need it."""
 
+import functools
 import os
 import socket
 import subprocess
@@ -7,9 +8,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 from cluster.runtime import Runtime, ray_runtime
 from search.results import Study
@@ -17,11 +20,24 @@ from search.spec import StudySpec
 from search.study import run_study
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of two processes that test, one has all tests of the one Ray; what else a file sets up is set up once."""
-    with_ray = {item.path for item in items if "ray_here" in getattr(item, "fixturenames", ())}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path in with_ray else item.path.stem))
+class OneRay(LoadScopeScheduling):
+    """Of two processes that test, one has all files that need the one Ray; no file is torn apart.
+
+    (pytest-xdist's own groups, 3.8, are without effect under pytest 9.2.)
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return "ray" if _needs_ray(self.config.rootpath / file) else file
+
+
+@functools.cache
+def _needs_ray(file: Path) -> bool:
+    return any(fixture in file.read_text(encoding="utf-8") for fixture in ("ray_here", "small_study"))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneRay:
+    return OneRay(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -191,7 +191,7 @@ class VaeSearch(StudyEvents):
         )
         known = {"epoch": epoch, "val_nelbo": recon + kl, "val_recon": recon, "val_kl": kl, "active_units": int(active)}
         unknown = ("train_nelbo", "train_recon", "train_kl", "grad_norm", "kl_weight", "wall_s", "samples_per_s")
-        return {**known, **dict.fromkeys(unknown, 0.0), "clipped_steps": 0, "skipped_steps": 0, "objective": None}
+        return {**known, **dict.fromkeys(unknown, 0.0), "clipped_steps": 0, "skipped_steps": 0, "objective": recon + kl}
 
 
 # ---- the simulation
