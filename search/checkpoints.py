@@ -1,7 +1,7 @@
 """Where workers leave the state of their trials: in the study's folder, through one actor on the driver's machine.
 
 So workers elsewhere need no shared filesystem and no credentials. What the bytes mean is known to
-`search.trial` alone. `CheckpointStore` is the folder; `StoreServer` is what runs as the actor.
+`search.attempt`, and to `search.publish`. `CheckpointStore` is the folder; `StoreServer` is what runs as the actor.
 """
 
 import contextlib
@@ -160,6 +160,10 @@ class StoreServer:
     def drop(self, trial: int) -> None:
         self._heard.pop(trial, None)
         self.store.drop(trial)
+
+    def forget(self, trial: int) -> None:
+        """Its worker is gone; it may be long until there is another one."""
+        self._heard.pop(trial, None)
 
     def beat(self, trial: int) -> None:
         """A worker says that a trial moves on."""

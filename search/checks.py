@@ -2,7 +2,7 @@
 
 from search.checkpoints import KEPT
 from search.results import Study
-from search.spec import Range, StudySpec, largest, spec_diff, values_of
+from search.spec import Range, StudySpec, largest, settings_of, spec_diff, values_of
 from search.storage import free_bytes
 from vae.config import InputError
 from vae.data import Dataset
@@ -70,19 +70,17 @@ def same_study(spec: StudySpec, stored: Study, data: Dataset, extend: int) -> St
     """The spec to go on with. Raises InputError with a diff if what is asked for is another study."""
     check_fingerprint(stored, data)
     old = stored.spec
+    spec = _with_what_was_confirmed(spec, stored)
     before, after = old.identity(), spec.identity()
     asked = after["budget.trials"]
     if asked in (stored.provenance["trials_at_first"], before["budget.trials"]):
         after["budget.trials"] = before["budget.trials"]  # the command that began it, also after an extension
-    samples = set(stored.finals()["importance_samples"].to_pylist())
-    if spec.finalists.confirm and samples - {asked_samples := spec.finalists.importance_samples}:
+        if after["comparison.settings"] == settings_of(asked, spec.num_arms):  # which follows from the trials
+            after["comparison.settings"] = before["comparison.settings"]
+            spec = spec.model_copy(update={"comparison": old.comparison})
+    if extend % spec.num_arms:
         raise InputError(
-            f"{stored.path}: finalists.importance_samples = {asked_samples}, and its finalists were scored with "
-            f"{samples.pop()}: values compare at the same number alone"
-        )
-    if extend % len(spec.arms()):
-        raise InputError(
-            f"{stored.path}: --extend {extend} cannot be shared out evenly among {len(spec.arms())} activations"
+            f"{stored.path}: --extend {extend} cannot be shared out evenly among {spec.num_arms} activations"
         )
     if diff := spec_diff(before, after):
         raise InputError(
@@ -93,3 +91,18 @@ def same_study(spec: StudySpec, stored: Study, data: Dataset, extend: int) -> St
         raise InputError(f"{stored.path}: not complete yet; run it without --extend first")
     budget = old.budget.model_copy(update={"trials": old.budget.trials + extend})
     return spec.model_copy(update={"budget": budget})
+
+
+def _with_what_was_confirmed(spec: StudySpec, stored: Study) -> StudySpec:
+    """Runs of finalists that are there are never too many: what is asked for is at least what was."""
+    scored = {final.importance_samples for final in stored.final_rows() if final.state != "RUNNING"}
+    if not scored:
+        return spec
+    asked, old = spec.finalists, stored.spec.finalists
+    if asked.confirm and scored != {asked.importance_samples}:
+        raise InputError(
+            f"{stored.path}: finalists.importance_samples = {asked.importance_samples}, and its finalists were scored "
+            f"with {scored.pop()}: values compare at the same number alone"
+        )
+    at_least = {name: max(getattr(asked, name), getattr(old, name)) for name in ("confirm", "seeds", "per_activation")}
+    return spec.model_copy(update={"finalists": old.model_copy(update=at_least)})

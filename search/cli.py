@@ -12,6 +12,7 @@ import typer
 from vae.config import InputError
 
 if TYPE_CHECKING:
+    from search.results import Study
     from search.spec import StudySpec
     from search.storage import Location
 
@@ -337,7 +338,7 @@ def init() -> None:
 
 def _run(spec: "StudySpec", address: str | None, extend: int, json: bool) -> None:
     from search.interrupts import Interrupted
-    from search.leaderboard import as_json, print_next, print_study
+    from search.leaderboard import as_json, print_study
     from search.progress import Progress
     from search.study import run_study
 
@@ -348,16 +349,25 @@ def _run(spec: "StudySpec", address: str | None, extend: int, json: bool) -> Non
             again = shlex.join(["vaesearch", *_without_extend(sys.argv[1:])])
             progress.say(f"interrupted {progress.where()}; go on with: {again}")
             raise typer.Exit(128 + interrupted.signum) from None
-    if json:
+    if study.spec.finalists.confirm:
+        _tell_verdict(study, json)
+    elif json:
         _print_json(as_json(study))
-    elif study.spec.finalists.confirm:
-        from search.comparison import compare
-        from search.comparison_table import print_comparison
-
-        print_comparison(_console(), compare(study, importances=False))
-        print_next(_console(), study, study.summary())
     else:
         print_study(_console(), study)
+
+
+def _tell_verdict(study: "Study", json: bool) -> None:
+    from search.comparison import compare, document
+    from search.comparison_table import print_comparison
+    from search.leaderboard import as_json, print_next
+
+    comparison = compare(study, importances=json)
+    if json:
+        _print_json(as_json(study) | {"comparison": document(comparison)})
+    else:
+        print_comparison(_console(), comparison)
+        print_next(_console(), study, study.summary())
 
 
 def main() -> None:

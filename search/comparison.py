@@ -109,11 +109,12 @@ def compare(study: Study, *, importances: bool = True) -> Comparison:
         )
     images = study.final_images() if final_rows else None
     baseline = next((row.no_latent_nelbo for row in rows if row.no_latent_nelbo is not None), None)
-    finals = _finals(rows, final_rows, images, baseline)
+    out = dropped(rows)
+    finals = _finals(rows, [final for final in final_rows if final.activation not in out], images, baseline)
     verdict = _verdict(finals)
     values = _values(rows, baseline)
     arms = _arms(spec, rows, values, finals, verdict)
-    missing = missing_runs(spec, rows, final_rows)
+    missing = missing_runs(spec, rows, study.whole_final_rows() if final_rows else [])
     ended = sum(row.state != "RUNNING" for row in rows)
     screen = [row for row in rows if row.phase == "screen"] if importances else []
     with_failures = shares_of(spec, screen, values)
@@ -234,7 +235,7 @@ def _finals(
     for activation, trial in chosen.items():
         usable[activation] = {}
         for final in of_trial[trial]:
-            if final.status == "ok" and len(scores.get((trial, final.run), ())) != size:
+            if final.status == "ok" and (not size or len(scores.get((trial, final.run), ())) != size):
                 unread += 1
             else:
                 usable[activation][final.run] = final

@@ -293,7 +293,8 @@ def pair_lines(comparison: "Comparison", pair: "Pair") -> Iterator[str]:
         f"{'less' if is_lower else 'more'} on the test split (95 % interval of that {span(size)})"
     )
     for name in (pair.a, pair.b):
-        yield f"{name}: mean {nats(means[name])}, median {means[name].median:.2f}, sd of the seeds {_sd(means[name])}"
+        mean = means[name]
+        yield f"{name}: mean {nats(mean)}, median {mean.median:.2f}, sd of the seeds {sd_text(mean)}"
     yield (
         f"{_count(verdict.seeds, 'paired seed')}, {_count(verdict.images, 'row')}: {pair.a} is better with "
         f"probability {pair.better:.2f} ({span(pair.better_interval)}); Wilcoxon's p is {p_text(pair.p_value)}, "
@@ -325,7 +326,7 @@ def p_text(p: float) -> str:
     return "not known" if math.isnan(p) else "<.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _sd(estimate: "Estimate") -> str:
+def sd_text(estimate: "Estimate") -> str:
     return f"{estimate.sd:.2f}" if math.isfinite(estimate.sd) else "not known"
 
 

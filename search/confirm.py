@@ -8,8 +8,8 @@ import dataclasses
 import os
 import socket
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -62,7 +62,8 @@ class Confirmation:
         self.failures: list[FinalRow] = []
         self._spec, self._ledger, self._store, self._events = spec, ledger, store, events
         self._trials = {row.trial: row for row, _ in missing}
-        self._waiting = deque(begun.get((row.trial, run)) or self._new(row, run) for row, run in missing)
+        self._waiting = deque(self._anew(begun.get((row.trial, run)), row, run) for row, run in missing)
+        self._losses: Counter[Hashable] = Counter()  # of each run, under this driver
         self._running: dict[Any, FinalRow] = {}  # by the task's reference
         self._stalled: set[str] = set()  # tasks that are being ended because nothing moved
         self._unneeded: list[int] = []  # states in the store
@@ -100,7 +101,9 @@ class Confirmation:
             self._store.drop.remote(number)  # not waited for
         self._unneeded.clear()
 
-    def _new(self, row: TrialRow, run: int) -> FinalRow:
+    def _anew(self, before: FinalRow | None, row: TrialRow, run: int) -> FinalRow:
+        if before is not None:
+            return dataclasses.replace(before, state="RUNNING", status=None, reason=None, ended_at=None)
         return FinalRow(
             study=self._spec.name,
             trial=row.trial,
@@ -117,10 +120,10 @@ class Confirmation:
         number = row.trial * RUNS_APART + row.run
         task = self._task.remote(self._spec, self._data, self._store, number=number, params=params, seed=row.seed)
         rounds.watchdog.started(task.hex(), number, task)
-        self._running[task] = row
-        self._ledger.update_final(row)
         for listener in self._events:
             listener.final_started(row)
+        self._running[task] = dataclasses.replace(row, status=None, reason=None)  # of an earlier attempt
+        self._ledger.update_final(self._running[task])
 
     def _take(self, task: Any, row: FinalRow) -> None:
         try:
@@ -140,7 +143,9 @@ class Confirmation:
         status = "timeout" if stalled else "oom" if isinstance(error, OutOfMemoryError) else "lost"
         reason = str(error).strip().splitlines()[0] if not stalled else "no training step for too long"
         row = dataclasses.replace(row, status=status, reason=reason)
-        if row.attempts <= self._spec.budget.max_retries:
+        self._store.forget.remote(row.trial * RUNS_APART + row.run)
+        self._losses[row.key] += 1
+        if self._losses[row.key] <= self._spec.budget.max_retries:
             self._waiting.appendleft(row)
             return
         none = np.empty(0)

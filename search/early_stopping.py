@@ -50,7 +50,7 @@ class EarlyStopping:
     def __init__(self, spec: StudySpec) -> None:
         rungs = spec.rungs() if spec.scheduler.kind == "asha" else []
         self._spec = spec
-        self._of_arm = [Asha(rungs, spec.scheduler.reduction_factor) for _ in spec.arms()]
+        self._of_arm = [Asha(rungs, spec.scheduler.reduction_factor) for _ in range(spec.num_arms)]
 
     def may_go_on(self, trial: int, epoch: int, value: float) -> bool:
         arm, _ = self._spec.place(trial)

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 
+from search.comparison_words import p_text, sd_text
 from search.drawing import (
     COLOURS,
     LOG_SPAN,
@@ -67,7 +68,7 @@ def forest(comparison: "Comparison") -> go.Figure:
     for place, name in enumerate(names):
         e = estimates[name]
         text = f"<b>{escaped(name)}</b><br>mean {e.mean:.3f} [{e.interval.low:.3f}, {e.interval.high:.3f}]"
-        text += f"<br>median {e.median:.3f}, interquartile mean {e.iqm:.3f}, sd over seeds {e.sd:.3f}"
+        text += f"<br>median {e.median:.3f}, interquartile mean {e.iqm:.3f}, sd over seeds {sd_text(e)}"
         text += f"<br>first in {e.first:.0%} of the draws"
         error = {
             "type": "data",
@@ -106,7 +107,7 @@ def differences(comparison: "Comparison") -> go.Figure:
         ends = sorted((sign * found.interval.low, sign * found.interval.high))
         text = f"<b>{escaped(name)}</b> against {escaped(leader)}<br>{sign * found.difference:+.3f} "
         text += f"[{ends[0]:+.3f}, {ends[1]:+.3f}] nats"
-        text += f"<br>p = {found.p_value:.3g}, after Holm {found.p_holm:.3g}"
+        text += f"<br>p {p_text(found.p_value)}, after Holm {p_text(found.p_holm)}"
         error = {
             "type": "data",
             "symmetric": False,

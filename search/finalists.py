@@ -53,13 +53,16 @@ def dropped(rows: list[TrialRow]) -> Mapping[str, str]:
 
 
 def missing_runs(spec: StudySpec, rows: list[TrialRow], finals: list[FinalRow]) -> list[tuple[TrialRow, int]]:
-    """The finalists' runs that have not ended yet, all of one seed before the next: so they can be compared soon."""
+    """The finalists' runs that are to be made, all of one seed before the next: so they can be compared soon.
+
+    finals: those of which nothing is missing (`Study.whole_final_rows`).
+    """
     if not spec.finalists.confirm:
         return []
-    ended = {(final.trial, final.run) for final in finals if final.state != "RUNNING"}
+    settled = {final.key for final in finals if final.is_settled}
     chosen = finalists(spec, rows)
     runs = [(row, run) for run in range(spec.finalists.seeds) for row in chosen]
-    return [(row, run) for row, run in runs if (row.trial, run) not in ended]
+    return [(row, run) for row, run in runs if (row.trial, run) not in settled]
 
 
 def final_seed(study_seed: int, run: int) -> int:

@@ -71,7 +71,8 @@ def next_commands(study: Study, summary: Summary) -> Iterator[str]:
     where = "" if storage == "studies" else f" --storage {shlex.quote(storage)}"
     name = shlex.quote(study.name)
     yield f"  vaesearch show {name}{where} --trials"
-    yield f"  vaesearch compare {name}{where}"
+    if summary.train_objective == "elbo":
+        yield f"  vaesearch compare {name}{where}"
     yield f"  vaesearch report {name}{where}"
     yield (f'  vaesearch query "SELECT activation, min(val_nelbo) FROM trials GROUP BY 1 ORDER BY 2"{where}')
     if summary.best is not None:

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from search.storage import Location
 from search.tables import (
+    MADE_AGAIN,
     ROW_TYPES,
     SCHEMAS,
     AttemptRow,
@@ -211,8 +212,13 @@ class Ledger:
 
     def _resume(self, contents: Contents) -> None:
         self._drop_orphans(contents)
-        for is_open in (self._trials, self._finals):
-            is_open.resume(contents.parts[is_open.table], lambda table: pc.equal(table["state"], "RUNNING"))
+        self._trials.resume(contents.parts["trials"], lambda table: pc.equal(table["state"], "RUNNING"))
+        self._finals.resume(
+            contents.parts["finals"],
+            lambda table: pc.or_(
+                pc.equal(table["state"], "RUNNING"), pc.is_in(table["status"], pa.array(MADE_AGAIN, pa.string()))
+            ),
+        )
         for writer in (*self._settled, self._final_images):
             writer.resume(contents.parts[writer.table], lambda table: pc.is_null(table["trial"]))  # none
         self._attempts.resume(contents.parts["attempts"], lambda table: pc.is_null(table["outcome"]))

@@ -8,6 +8,7 @@ and the page's security policy runs no script but its own.
 import base64
 import hashlib
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -269,7 +270,7 @@ def _activations(summary: Summary, comparison: Comparison | None) -> tuple[list[
         "activation": lambda arm: arm.activation,
         "test loss": lambda arm: f"{estimates[arm.activation].mean:.3f}" if arm.activation in estimates else "",
         "95 % interval": lambda arm: _interval(estimates.get(arm.activation)),
-        "sd of seeds": lambda arm: f"{estimates[arm.activation].sd:.3f}" if arm.activation in estimates else "",
+        "sd of seeds": lambda arm: _unless_nan(estimates[arm.activation].sd) if arm.activation in estimates else "",
         "first": lambda arm: f"{estimates[arm.activation].first:.0%}" if arm.activation in estimates else "",
         "best trial": lambda arm: "" if arm.best is None else text_of(arm.best.val_nelbo, "nats"),
         "trial": lambda arm: "" if arm.best is None else str(arm.best.trial),
@@ -292,6 +293,10 @@ def _activations(summary: Summary, comparison: Comparison | None) -> tuple[list[
 def _summed_up(entry: ActivationSummary) -> list[str]:
     best = ["", ""] if entry.best is None else [text_of(entry.best.ranks_by, "nats"), str(entry.best.trial)]
     return [entry.activation, *map(str, (entry.trials, entry.full, entry.stopped, entry.failed)), *best]
+
+
+def _unless_nan(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.3f}"
 
 
 def _interval(estimate: Any) -> str:
@@ -322,7 +327,7 @@ def _failures(rows: Sequence[TrialRow], finals: Sequence[FinalRow]) -> list[_Fai
             first = (row.reason or "").split("\n")[0]
             groups[str(row.status), first].append((row.activations, f"{row.trial}{where}"))
     for final in finals:
-        if final.status not in (None, "ok"):
+        if final.state != "RUNNING" and final.status not in (None, "ok"):
             first = (final.reason or "").split("\n")[0]
             groups[f"final run: {final.status}", first].append((final.activation, f"{final.trial}, run {final.run}"))
     ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
@@ -352,6 +357,7 @@ def _costs(summary: Summary, rows: Sequence[TrialRow], finals: Sequence[FinalRow
     if summary.epochs_saved:
         yield "epochs saved by early stopping", f"{summary.epochs_saved:,}"
     yield "time of workers, search", duration(summary.train_wall_s)
+    finals = [final for final in finals if final.state != "RUNNING"]
     if finals:
         spent = sum(final.train_wall_s + (final.score_wall_s or 0.0) for final in finals)
         yield f"time of workers, {len(finals)} final runs", duration(spent)

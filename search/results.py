@@ -135,6 +135,13 @@ class Study:
     def final_rows(self) -> list[FinalRow]:
         return to_rows(self.finals().sort_by([("trial", "ascending"), ("run", "ascending")]), FinalRow)
 
+    def whole_final_rows(self) -> list[FinalRow]:
+        """Those of `final_rows` but runs that ended well and whose rows of the test split went with a damaged part."""
+        images = self.final_images()
+        pairs = zip(images["trial"].to_numpy(), images["run"].to_numpy(), strict=True)
+        scored = {(int(trial), int(run)) for trial, run in pairs}
+        return [final for final in self.final_rows() if final.state != "COMPLETE" or final.key in scored]
+
     def summary(self) -> Summary:
         return summarise(self.name, self.spec.budget.trials, self.rows())
 

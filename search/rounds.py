@@ -34,12 +34,12 @@ class Rounds:
         patience: Patience,
         interrupts: Interrupts,
         *,
-        kill: Callable[[Any], None],
+        watchdog: Watchdog,
         stalled: Callable[[str], None],
         written: Callable[[], None],
     ) -> None:
-        """kill: ends a worker. stalled: hears of it before. written: called while all of the ledger is on disk."""
-        self.watchdog = Watchdog(spec.budget.stall_timeout_s, kill)
+        """stalled: hears of a worker that is about to be killed. written: called while all of the ledger is on disk."""
+        self.watchdog = watchdog
         self._ledger, self._lease, self._server = ledger, lease, server
         self._stalled, self._written = stalled, written
         self._patience, self._interrupts = patience, interrupts

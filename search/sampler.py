@@ -67,7 +67,7 @@ class StudySearcher(Searcher):
     ) -> None:
         super().__init__(metric="objective", mode="min")
         self.spec, self.ledger, self.events = spec, ledger, events
-        self.arms = [Arm(spec, index, rows, curves) for index in range(len(spec.arms()))]
+        self.arms = [Arm(spec, index, rows, curves) for index in range(spec.num_arms)]
         self.while_waiting: Callable[[], None] = lambda: None  # called while a suggestion is not on disk yet
         self.failures: list[TrialRow] = []  # in a row, up to now
         known = {row.trial: row for row in rows}
@@ -314,7 +314,8 @@ class Arm:
         self.spec = spec
         self.space = Space(spec.arms()[index])
         self.study = optuna.create_study(direction="minimize", sampler=self.sampler(0))
-        self._settings = Space(spec.space).settings(spec.comparison.settings, spec.seed) if _is_comparison(spec) else []
+        is_comparison = spec.goal == "compare-activations"
+        self._settings = Space(spec.space).settings(spec.comparison.settings, spec.seed) if is_comparison else []
         known = {turn: row for row in rows for arm, turn in [spec.place(row.trial)] if arm == index}
         for turn in range(max(known, default=-1) + 1):
             if turn in known:
@@ -334,8 +335,6 @@ class Arm:
     def sampler(self, turn: int) -> optuna.samplers.BaseSampler:
         """That of one suggestion. A new one each time: a sampler's own state would not survive a crash."""
         kind, startup = self.spec.sampler.kind, self.spec.sampler.startup_trials
-        if _is_comparison(self.spec):
-            startup = min(startup, self.spec.comparison.settings)  # by then each value is known to be spread evenly
         seed = int(np.random.SeedSequence([self.spec.seed, turn]).generate_state(1)[0])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -353,10 +352,6 @@ class Arm:
         if turn < len(self._settings):
             return {name: value for name, value in self._settings[turn].items() if name in self.space.distributions}
         return self.space.start() if turn == 0 else {}
-
-
-def _is_comparison(spec: StudySpec) -> bool:
-    return spec.goal == "compare-activations"
 
 
 def frozen_trial(space: Space, row: TrialRow, curve: Curve) -> FrozenTrial:

@@ -417,7 +417,7 @@ class StudySpec(_Section):
             with contextlib.suppress(TypeError, ValueError, OverflowError):
                 trials = _given(filled, "budget", "trials", None)
                 if trials is not None:
-                    following.append(("comparison", "settings", max(1, int(trials) // arms // 2)))
+                    following.append(("comparison", "settings", settings_of(int(trials), arms)))
                 settings = int(
                     _given(filled, "comparison", "settings", ComparisonSpec.model_fields["settings"].default)
                 )
@@ -446,6 +446,8 @@ class StudySpec(_Section):
             raise ValueError('space.decoder_activation is for model.activation_scope = "separate"')
         if self.goal == "compare-activations":
             self._check_comparison()
+        if self.train.objective == "vae_gan" and self.finalists.confirm:
+            raise ValueError('finalists.confirm compares nats, which train.objective = "vae_gan" does not train for')
         if self.train.objective == "vae_gan" and SUPPORTS[self.model.likelihood] == "counts":
             raise ValueError('train.objective = "vae_gan" makes means pass for data, which those of counts cannot')
         windows = self.space.avg_pool_window
@@ -467,7 +469,7 @@ class StudySpec(_Section):
             raise ValueError('goal = "compare-activations" compares single ones: model.activation_scope = "shared"')
         if self.train.objective != "elbo":
             raise ValueError('goal = "compare-activations" compares nats: train.objective = "elbo"')
-        arms, trials = len(self.arms()), self.budget.trials
+        arms, trials = self.num_arms, self.budget.trials
         if trials % arms:
             lower = trials - trials % arms
             near = f"{lower} or {lower + arms}" if lower else f"{arms}"
@@ -534,7 +536,11 @@ class StudySpec(_Section):
     @property
     def num_exported(self) -> int:
         """How many models are kept at the most."""
-        return self.export.top if self.goal == "best-model" else len(self.arms()) * (self.export.top > 0)
+        return self.export.top if self.goal == "best-model" else self.num_arms * (self.export.top > 0)
+
+    @property
+    def num_arms(self) -> int:
+        return 1 if self.goal == "best-model" else len(values_of(self.space.activation))
 
     def arms(self) -> list[SpaceSpec]:
         """The spaces that are searched side by side and in turn: that of each activation compared, or the whole."""
@@ -544,7 +550,7 @@ class StudySpec(_Section):
 
     def place(self, trial: int) -> tuple[int, int]:
         """Whose turn a trial is: the arm's index, and how many of its trials came before."""
-        turn, arm = divmod(trial, len(self.arms()))
+        turn, arm = divmod(trial, self.num_arms)
         return arm, turn
 
     def phase(self, trial: int) -> Phase:
@@ -600,6 +606,11 @@ def largest(entry: Entry) -> Any:
 def values_of(entry: Entry) -> tuple[Any, ...]:
     """Those of a choice: a fixed one, or None where there is no entry, is the only one."""
     return entry if isinstance(entry, tuple) else (entry,)
+
+
+def settings_of(trials: int, arms: int) -> int:
+    """How many settings are common to the arms of a comparison, unless it is said: half of the trials of each."""
+    return max(1, trials // arms // 2)
 
 
 def spec_diff(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:

@@ -38,6 +38,7 @@ from search.space import Space
 from search.spec import StudySpec
 from search.storage import Location, StorageFailed, check_writable, reason_of
 from search.tables import FinalRow, TrialRow
+from search.watchdog import Watchdog
 from search.writer import Patience
 from vae.config import InputError
 from vae.data import Dataset, likelihood_advice, load_data
@@ -125,7 +126,7 @@ def _is_complete(spec: StudySpec, stored: Study) -> bool:
     rows = stored.rows()
     if sum(row.state != "RUNNING" for row in rows) < spec.budget.trials:
         return False
-    return not missing_runs(spec, rows, stored.final_rows())
+    return not missing_runs(spec, rows, stored.whole_final_rows())
 
 
 def _concurrency(spec: StudySpec, runtime: Runtime) -> int:
@@ -182,7 +183,8 @@ class _Driver:
         del contents, rows  # a long study's are large
         with self._at_work(ledger, CHECKPOINTS_FOLDER) as server:
             best.server = server
-            rounds = self._rounds(ledger, server, ray.kill, searcher.stalled, best.drop_unneeded)
+            watchdog = Watchdog(spec.budget.stall_timeout_s, ray.kill)
+            rounds = self._rounds(ledger, server, watchdog, searcher.stalled, best.drop_unneeded)
             searcher.while_waiting = rounds
             _fit(spec, self.data, server, searcher, stopping, concurrency, rounds)
             rounds.finish()
@@ -198,8 +200,9 @@ class _Driver:
         with self._at_work(ledger, FINAL_CHECKPOINTS_FOLDER) as server:
             rows, finals = contents.trials, contents.finals
             confirmation = Confirmation(self.spec, self.data, ledger, server, rows, finals, self.events)
-            kill = functools.partial(ray.cancel, force=True)
-            rounds = self._rounds(ledger, server, kill, confirmation.stalled, confirmation.drop_unneeded)
+            end = functools.partial(ray.cancel, force=True)
+            watchdog = Watchdog(self.spec.budget.stall_timeout_s, end, knows_of_queues=False)
+            rounds = self._rounds(ledger, server, watchdog, confirmation.stalled, confirmation.drop_unneeded)
             confirmation.run(rounds, self.concurrency)
             rounds.finish()
         self._raise_if_failed("finalists' runs", confirmation.failures, confirmation.gave_up)
@@ -231,7 +234,7 @@ class _Driver:
         self,
         ledger: Ledger,
         server: Any,
-        kill: Callable[[Any], None],
+        watchdog: Watchdog,
         stalled: Callable[[str], None],
         written: Callable[[], None],
     ) -> Rounds:
@@ -243,7 +246,7 @@ class _Driver:
             server,
             patience,
             self.interrupts,
-            kill=kill,
+            watchdog=watchdog,
             stalled=stalled,
             written=written,
         )

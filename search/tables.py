@@ -253,8 +253,17 @@ class FinalRow:
     ended_at: datetime | None = None
 
     @property
+    def is_settled(self) -> bool:
+        """True where the run need not be made, or made again."""
+        return self.state != "RUNNING" and self.status not in MADE_AGAIN
+
+    @property
     def key(self) -> Hashable:
         return self.trial, self.run
+
+
+MADE_AGAIN = ("lost", "timeout", "error")
+"""Statuses of a finalist's run that say nothing of its configuration: the next driver makes such a run again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from test_search_ledger import trial_row
 
+from search.comparison import compare
 from search.events import StudyEvents
 from search.finalists import DROP_NATS, dropped, final_seed, finalists, missing_runs
 from search.ledger import Ledger
@@ -286,7 +287,8 @@ def test_a_run_whose_worker_is_killed_is_made_again_with_the_same_value(compared
 
 def test_runs_that_are_lost_too_often_fail_and_end_the_study_clearly(tmp_path):
     killer = KillsRuns(1000)
-    more = {"budget": {"max_retries": 0, "max_consecutive_failures": 2}}
+    more: dict[str, Any] = {"budget": {"max_retries": 0, "max_consecutive_failures": 2}}
+    more["finalists"] = {"importance_samples": 10_000}  # so that none is done before it is found
     with pytest.raises(StudyFailed, match="2 finalists' runs failed in a row"):
         run_study(make_spec(tmp_path, **more), events=[killer])
     failed = [final for final in Study(tmp_path / "compared").final_rows() if final.state == "FAIL"]
@@ -349,3 +351,52 @@ def values(study: Study) -> list[tuple[Any, ...]]:
 
 def images(study: Study) -> list[dict[str, Any]]:
     return study.final_images().sort_by([(key, "ascending") for key in ("trial", "run", "row")]).to_pylist()
+
+
+def damage(part: Path) -> None:
+    part.write_bytes(part.read_bytes()[:100])
+
+
+def test_images_lost_with_a_damaged_part_are_noticed_and_made_again(compared, tmp_path):
+    shutil.copytree(compared.path, tmp_path / "compared")
+    study = Study(tmp_path / "compared")
+    damage(study.path / "final_images" / "part-00000.parquet")
+    told = compare(study, importances=False)
+    assert not told.is_complete
+    assert any("left out" in caveat for caveat in told.caveats)
+    study = run_study(make_spec(tmp_path))
+    assert values(study) == values(compared)
+    assert images(study) == images(compared)
+    assert compare(study, importances=False).is_complete
+
+
+def test_a_run_that_was_lost_for_good_is_made_again_by_the_next_driver(compared, tmp_path):
+    shutil.copytree(compared.path, tmp_path / "compared")
+    study = Study(tmp_path / "compared")
+    table, part = study.finals(), study.path / "finals" / "part-00000.parquet"
+    rows = table.to_pylist()
+    victim = (rows[1]["trial"], rows[1]["run"])
+    rows[1] |= {"state": "FAIL", "status": "lost", "reason": "its node is gone", "nll": None}
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), part)
+    of_victim = (pc.field("trial") == victim[0]) & (pc.field("run") == victim[1])
+    pq.write_table(study.final_images().filter(~of_victim), study.path / "final_images" / "part-00000.parquet")
+    study = run_study(make_spec(tmp_path))
+    assert values(study) == values(compared)
+    assert images(study) == images(compared)
+    again = next(final for final in study.final_rows() if final.key == victim)
+    assert again.reason is None
+    assert again.attempts == 2
+
+
+def test_what_was_confirmed_stays_so_whatever_the_next_command_asks_for(compared, tmp_path):
+    shutil.copytree(compared.path, tmp_path / "compared")
+    spec = make_spec(tmp_path, finalists={"seeds": 1, "confirm": False})
+    study = run_study(spec, extend=len(NAMES))
+    assert (study.spec.finalists.confirm, study.spec.finalists.seeds) == (True, RUNS)
+    assert missing_runs(study.spec, study.rows(), study.whole_final_rows()) == []
+    with_total = make_spec(tmp_path, budget={"trials": study.spec.budget.trials})
+    values_given = with_total.dump()
+    del values_given["comparison"]  # follows from the trials
+    heard: list[str] = []
+    run_study(StudySpec.model_validate(values_given), say=heard.append)
+    assert "complete" in heard[0]

@@ -726,3 +726,8 @@ def test_how_finalists_are_run_is_no_part_of_a_studys_identity():
     other = StudySpec.load(None, {"goal": "compare-activations", "finalists.seeds": 29})
     assert one.identity() == other.identity()
     assert one.identity() != StudySpec.load(None, {"goal": "compare-activations", "comparison.settings": 8}).identity()
+
+
+def test_adversarial_training_is_not_confirmed_in_nats():
+    with pytest.raises(InputError, match=r"finalists\.confirm"):
+        StudySpec.load(None, {"train.objective": "vae_gan", "finalists.confirm": True})
