@@ -89,7 +89,7 @@ def same_study(spec: StudySpec, stored: Study, data: Dataset, extend: int) -> St
         )
     if extend and stored.summary().ended < old.budget.trials:
         raise InputError(f"{stored.path}: not complete yet; run it without --extend first")
-    budget = old.budget.model_copy(update={"trials": old.budget.trials + extend})
+    budget = spec.budget.model_copy(update={"trials": old.budget.trials + extend})
     return spec.model_copy(update={"budget": budget})
 
 

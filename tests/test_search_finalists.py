@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from test_search_ledger import trial_row
+from test_system import command_of, descendants
 
 from search.comparison import compare
 from search.events import StudyEvents
@@ -227,6 +228,15 @@ def test_a_comparison_that_is_complete_does_nothing_and_more_seeds_are_run_alone
 # ---- what may befall it
 
 
+@pytest.fixture
+def searched(compared: Study, tmp_path: Path) -> Path:
+    """A folder with the comparison as it was before its finals. Its spec is `make_spec` of the folder."""
+    shutil.copytree(compared.path, tmp_path / "compared")
+    for table in ("finals", "final_images"):
+        shutil.rmtree(tmp_path / "compared" / table)
+    return tmp_path
+
+
 class Died(Exception):
     """The driver's end, staged."""
 
@@ -241,11 +251,11 @@ class DiesAtFinal(StudyEvents):
             raise Died
 
 
-def test_a_driver_that_dies_among_the_finals_goes_on_and_nothing_is_doubled(compared, tmp_path):
-    spec = make_spec(tmp_path)
+def test_a_driver_that_dies_among_the_finals_goes_on_and_nothing_is_doubled(compared, searched):
+    spec = make_spec(searched)
     with pytest.raises(Died):
         run_study(spec, events=[DiesAtFinal(3)])
-    cut = Study(tmp_path / "compared")
+    cut = Study(searched / "compared")
     assert 2 <= sum(final.state == "COMPLETE" for final in cut.final_rows()) < len(compared.final_rows())
     study = run_study(spec)
     assert values(study) == values(compared)
@@ -269,29 +279,29 @@ class KillsRuns(StudyEvents):
 def kill_a_run() -> None:
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            if path.exists() and b"ray::_train_and_score" in path.read_bytes():
-                os.kill(int(path.parent.name), signal.SIGKILL)
+        for pid in descendants(os.getpid()):
+            if "ray::_train_and_score" in command_of(pid):
+                os.kill(pid, signal.SIGKILL)
                 return
         time.sleep(0.005)
 
 
-def test_a_run_whose_worker_is_killed_is_made_again_with_the_same_value(compared, tmp_path):
+def test_a_run_whose_worker_is_killed_is_made_again_with_the_same_value(compared, searched):
     killer = KillsRuns(1)
-    study = run_study(make_spec(tmp_path), events=[killer])
+    study = run_study(make_spec(searched), events=[killer])
     assert (2, "lost") in killer.attempts
     assert sorted(final.attempts for final in study.final_rows())[-2:] == [1, 2]
     assert values(study) == values(compared)
     assert images(study) == images(compared)
 
 
-def test_runs_that_are_lost_too_often_fail_and_end_the_study_clearly(tmp_path):
+def test_runs_that_are_lost_too_often_fail_and_end_the_study_clearly(searched):
     killer = KillsRuns(1000)
     more: dict[str, Any] = {"budget": {"max_retries": 0, "max_consecutive_failures": 2}}
     more["finalists"] = {"importance_samples": 10_000}  # so that none is done before it is found
     with pytest.raises(StudyFailed, match="2 finalists' runs failed in a row"):
-        run_study(make_spec(tmp_path, **more), events=[killer])
-    failed = [final for final in Study(tmp_path / "compared").final_rows() if final.state == "FAIL"]
+        run_study(make_spec(searched, **more), events=[killer])
+    failed = [final for final in Study(searched / "compared").final_rows() if final.state == "FAIL"]
     assert {final.status for final in failed} == {"lost"}
     killer.times = 0
 
