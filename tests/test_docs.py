@@ -14,8 +14,9 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 import pytest
 
+from search.comparison import compare
 from search.ledger import Ledger
-from search.results import write_study_file
+from search.results import Study, write_study_file
 from search.spec import StudySpec
 from search.sql import STUDIES, query
 from search.tables import SCHEMAS, AttemptRow, DiagnosticsRow, EpochRow, LayerRow, TrialRow
@@ -148,5 +149,6 @@ def test_every_command_and_snippet_of_the_readme_runs_as_printed(tmp_path, s3_ur
                 continue  # .ci/run does the one; the other needs files that are not here
             subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, check=True, timeout=600)
     assert (tmp_path / "curves.csv").stat().st_size > 0
+    assert compare(Study(tmp_path / "studies" / "activations")).sentence.startswith("best: silu")  # as docs/ has it
     assert (tmp_path / "model").is_dir()
     assert (tmp_path / "from-afar").is_dir()

@@ -14,7 +14,7 @@ from search.results import open_study
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
 COMPARED = ("--goal", "compare-activations", "--max-epochs", "40", "--set", "model.hidden_dims=[32]")
-SMALL = ("--set", "comparison.settings=4", "--set", "finalists.importance_samples=100")
+SMALL = ("--set", "comparison.settings=3", "--set", "finalists.seeds=7", "--set", "finalists.importance_samples=100")
 CONTINUOUS = ("--set", "model.likelihood=gaussian", "--set", "space.latent_dim=2")
 RATES = ("--set", "space.learning_rate={low=3e-3, high=2e-2, log=true}", "--set", "space.dropout=0.0")
 
@@ -54,13 +54,25 @@ def test_on_linear_gaussian_data_linear_does_not_lose(tmp_path):
 def test_an_activation_under_two_names_is_not_found_to_be_better_than_itself(tmp_path):
     """The slope is too small to matter, and large enough for rounding to drive the two apart."""
     activations = ("--set", 'space.activation=["relu", "leaky_relu"]', "--set", "space.leaky_relu_slope=1e-5")
-    answer = compared(tmp_path, *RATES, *activations)
+    answer = compared(tmp_path, *RATES, *activations, "--max-epochs", "20")
     assert answer["verdict"]["kind"] == "no_difference"
 
 
 def test_a_comparison_killed_in_its_search_and_among_its_finals_is_whole_in_the_end(tmp_path):
     activations = ("--set", 'space.activation=["silu", "tanh", "elu"]', "--set", "finalists.seeds=6")
-    arguments = ("run", "--name", "study", *COMPARED, *SMALL, *RATES, *activations, "--trials", "12")
+    arguments = (
+        "run",
+        "--name",
+        "study",
+        *COMPARED,
+        *SMALL,
+        *RATES,
+        *activations,
+        "--trials",
+        "12",
+        "--max-epochs",
+        "20",
+    )
     for stage in ("[5/12]", "[4/"):
         with driver(*arguments, cwd=tmp_path) as running:
             if stage == "[4/":
