@@ -35,7 +35,7 @@ def test_a_row_of_the_table_is_trained_again_to_the_same_curve():
         "m.Trainer.__iter__ = lambda self: (self.train_epoch() for _ in range(4))\n"
         "keys = ('kl_warmup_epochs', 'setting', 'activation', *m.RANGED)\n"
         "setting = m.settings(50, 0)[row['setting']]\n"
-        "again = m.train({**{k: row[k] for k in keys}, **setting})\n"
+        "again = m.train(**{**{k: row[k] for k in keys}, **setting})\n"
         "print(json.dumps([row['val_recon'][:4], again['val_recon'], row['val_kl'][:4], again['val_kl']]))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=FOLDER, capture_output=True, text=True, check=True)

@@ -8,16 +8,14 @@ once for each length of the KL warm-up. `replay.py` replays searches over this t
 
 import argparse
 import contextlib
-import os
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
+from filling import fill
 from scipy.stats import qmc
 
 from search.spec import Range, StudySpec
@@ -66,7 +64,7 @@ def configurations(count: int, warmups: list[int], seed: int) -> Iterator[dict[s
                 yield {"kl_warmup_epochs": warmup, "setting": number, "activation": activation, **setting}
 
 
-def train(config: dict[str, Any]) -> dict[str, Any]:
+def train(**config: Any) -> dict[str, Any]:
     """A row of the table."""
     torch.set_num_threads(1)
     spec = StudySpec.model_validate({"train": {"kl_warmup_epochs": config["kl_warmup_epochs"]}})
@@ -92,19 +90,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=TABLE)
     asked = parser.parse_args()
-    rows = pq.read_table(asked.out, schema=SCHEMA).to_pylist() if asked.out.exists() else []
-    known = {(row["kl_warmup_epochs"], row["setting"], row["activation"]) for row in rows}
     wanted = list(configurations(asked.settings, asked.warmups, asked.seed))
-    missing = [c for c in wanted if (c["kl_warmup_epochs"], c["setting"], c["activation"]) not in known]
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for done, future in enumerate(as_completed([pool.submit(train, config) for config in missing]), start=1):
-            rows.append(future.result())
-            if done % WRITE_EVERY == 0 or done == len(missing):
-                rows.sort(key=lambda row: (row["kl_warmup_epochs"], row["setting"], row["activation"]))
-                beside = asked.out.with_suffix(".tmp")
-                pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), beside, compression="zstd")
-                beside.replace(asked.out)
-                print(f"{done} of {len(missing)}", flush=True)
+    fill(asked.out, SCHEMA, ("kl_warmup_epochs", "setting", "activation"), wanted, train, write_every=WRITE_EVERY)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ same for all models. A seed sets first weights, order and noise for every activa
 
 import argparse
 import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
+from filling import fill
 
 import vae
 from vae.config import ActivationName
@@ -66,19 +65,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=TABLE)
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     asked = parser.parse_args()
-    rows = pq.read_table(asked.out, schema=SCHEMA).to_pylist() if asked.out.exists() else []
-    known = {(row["activation"], row["seed"]) for row in rows}
-    wanted = [(name, seed) for name, seeds in SEEDS.items() for seed in range(seeds)]
-    missing = [pair for pair in wanted if pair not in known]
-    with ProcessPoolExecutor(asked.processes) as pool:
-        for done, future in enumerate(as_completed([pool.submit(train, *pair) for pair in missing]), start=1):
-            rows.append(future.result())
-            if done % WRITE_EVERY == 0 or done == len(missing):
-                rows.sort(key=lambda row: (row["activation"], row["seed"]))
-                beside = asked.out.with_suffix(".tmp")
-                pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), beside, compression="zstd")
-                beside.replace(asked.out)
-                print(f"{done} of {len(missing)}", flush=True)
+    wanted = [{"activation": name, "seed": seed} for name, seeds in SEEDS.items() for seed in range(seeds)]
+    key = ("activation", "seed")
+    fill(asked.out, SCHEMA, key, wanted, train, write_every=WRITE_EVERY, processes=asked.processes)
 
 
 if __name__ == "__main__":
