@@ -9,7 +9,6 @@ import threading
 import time
 import traceback
 from dataclasses import asdict, dataclass
-from types import TracebackType
 from typing import Any
 
 import ray
@@ -153,15 +152,7 @@ class Heartbeat:
         self._over = threading.Event()
         threading.Thread(target=self._beat, name="vaesearch-beat", daemon=True).start()
 
-    def __enter__(self) -> "Heartbeat":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.end()
-
-    def end(self) -> None:
+    def close(self) -> None:
         self._over.set()
 
     def _beat(self) -> None:

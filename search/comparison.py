@@ -18,9 +18,9 @@ from search.comparison_words import Facts, caveats, commands, sentence, setting
 from search.finalists import dropped, finalists, missing_runs
 from search.importance import importances as shares_of
 from search.output import plain
-from search.results import PENALTY, Study, ranked
+from search.results import PENALTY, Study, best_of_each, final_rows_of, no_latent_nelbo, ranked
 from search.spec import StudySpec, values_of
-from search.tables import FinalRow, TrialRow
+from search.tables import FinalRow, TrialRow, whole_runs
 from vae.config import InputError
 
 if TYPE_CHECKING:
@@ -101,20 +101,24 @@ def compare(study: Study, *, importances: bool = True) -> Comparison:
 
     importances: also compute them, which takes seconds to import. Raises InputError for adversarial training.
     """
-    spec, rows, final_rows = study.spec, study.rows(), study.final_rows()
+    spec, rows, finals_table = study.spec, study.rows(), study.finals()
     if spec.train.objective != "elbo":
         raise InputError(
             f"{study.path}: trained adversarially (train.objective = {spec.train.objective}): its nats are not what "
             f"was trained for and compare nothing; `vaesearch show` ranks by the error of reconstructions"
         )
-    images = study.final_images() if final_rows else None
-    baseline = next((row.no_latent_nelbo for row in rows if row.no_latent_nelbo is not None), None)
+    final_rows = whole = final_rows_of(finals_table)
+    images = None
+    if final_rows:
+        images = study.final_images()
+        whole = final_rows_of(whole_runs(finals_table, images))
+    baseline = no_latent_nelbo(rows)
     out = dropped(rows)
     finals = _finals(rows, [final for final in final_rows if final.activation not in out], images, baseline)
     verdict = _verdict(finals)
     values = _values(rows, baseline)
-    arms = _arms(spec, rows, values, finals, verdict)
-    missing = missing_runs(spec, rows, study.whole_final_rows() if final_rows else [])
+    arms = _arms(spec, rows, values, finals, out, verdict)
+    missing = missing_runs(spec, rows, whole)
     ended = sum(row.state != "RUNNING" for row in rows)
     screen = [row for row in rows if row.phase == "screen"] if importances else []
     with_failures = shares_of(spec, screen, values)
@@ -200,7 +204,7 @@ def as_plain(value: Any) -> Any:
 def finals_of(study: Study, finalists: Sequence[TrialRow]) -> Mapping[str, np.ndarray]:
     """activation -> (R, N) nll of its finalist's runs on the test split; the penalty where a run failed."""
     rows = list(finalists)
-    baseline = next((row.no_latent_nelbo for row in rows if row.no_latent_nelbo is not None), None)
+    baseline = no_latent_nelbo(rows)
     of_these = {row.trial for row in rows}
     final_rows = [final for final in study.final_rows() if final.trial in of_these]
     return _finals(rows, final_rows, study.final_images(), baseline).nll
@@ -292,7 +296,7 @@ def _scores(images: pa.Table, trials: set[int]) -> dict[tuple[int, int], np.ndar
 
 def _test_penalty(finals: Sequence[FinalRow], scores: Iterable[np.ndarray]) -> float | None:
     """What a failed run counts as on the test split; None if nothing at all was scored there."""
-    known = next((final.no_latent_nelbo for final in finals if final.no_latent_nelbo is not None), None)
+    known = no_latent_nelbo(finals)
     if known is None:
         known = max((float(nll.mean()) for nll in scores), default=None)
     return None if known is None else known + PENALTY
@@ -329,6 +333,7 @@ def _arms(
     rows: Sequence[TrialRow],
     values: Mapping[int, float],
     finals: Finals,
+    out: Mapping[str, str],
     verdict: "Verdict | None",
 ) -> tuple[Arm, ...]:
     from search.statistics import pareto_front
@@ -338,17 +343,14 @@ def _arms(
         of_activation = {str(name): [] for name in values_of(spec.space.activation)}
     for row in rows:
         of_activation.setdefault(row.activations, []).append(row)
-    leaders: dict[str, TrialRow] = {}
-    for row in ranked(list(rows)):
-        leaders.setdefault(row.activations, row)
+    leaders = best_of_each(list(rows))
     chosen: dict[str, int] = {}
     for row in finalists(spec, list(rows)):
         chosen.setdefault(row.activations, row.trial)
     chosen |= finals.trials
-    reasons = {name: why for name, why in dropped(list(rows)).items() if name not in finals.trials}
     gaps = _gaps(spec, rows, values)
     arms = [
-        _arm(name, its_rows, values, leaders.get(name), chosen.get(name), reasons.get(name), gaps.get(name), finals)
+        _arm(name, its_rows, values, leaders.get(name), chosen.get(name), out.get(name), gaps.get(name), finals)
         for name, its_rows in of_activation.items()
     ]
     scores = {} if verdict is None else {estimate.name: estimate.mean for estimate in verdict.estimates}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from search.results import storage_flag
 from search.spec import StudySpec
 from search.storage import Location
 from search.tables import FinalRow, TrialRow
@@ -54,7 +55,7 @@ def setting(spec: StudySpec) -> str:
     else:
         hidden = "hidden layers searched, too"
     binarized = "" if spec.data.binarize == "none" else f", binarize {spec.data.binarize}"
-    each = spec.budget.trials // len(spec.arms())
+    each = spec.budget.trials // spec.num_arms
     trials = (
         f"{_count(spec.budget.trials, 'trial')} in all"
         if spec.goal == "best-model"
@@ -258,9 +259,7 @@ def _about_finals(comparison: "Comparison", facts: Facts) -> Iterator[str]:
 
 def commands(comparison: "Comparison", facts: Facts) -> Iterator[str]:
     """What would finish or sharpen it."""
-    storage = str(facts.path.parent)
-    where = "" if storage == "studies" else f" --storage {shlex.quote(storage)}"
-    resume = f"vaesearch resume {shlex.quote(comparison.study)}{where}"
+    resume = f"vaesearch resume {shlex.quote(comparison.study)}{storage_flag(facts.path)}"
     verdict, confirmed = comparison.verdict, facts.spec.finalists.confirm
     if not comparison.is_complete:
         yield resume

@@ -4,6 +4,7 @@ Plain Ray tasks, since nothing is suggested and nothing stopped here. A run that
 rung, as trials do.
 """
 
+import contextlib
 import dataclasses
 import os
 import socket
@@ -30,7 +31,7 @@ from search.tables import SCHEMAS, FinalRow, TrialRow
 from vae.data import Dataset
 from vae.objective import ImportanceEstimate, importance_weighted
 
-RUNS_APART = 1000  # the store knows states by one number: this many for each trial
+RUNS_APART = 1000  # the store knows states by one number: as many for each trial as finalists.seeds can be
 WAIT_S = 0.1
 
 # Shapes: N rows of the test split.
@@ -117,7 +118,7 @@ class Confirmation:
     def _start(self, row: FinalRow, rounds: Rounds) -> None:
         row = dataclasses.replace(row, attempts=row.attempts + 1, started_at=row.started_at or datetime.now(UTC))
         params = self._trials[row.trial].params
-        number = row.trial * RUNS_APART + row.run
+        number = _number(row)
         task = self._task.remote(self._spec, self._data, self._store, number=number, params=params, seed=row.seed)
         rounds.watchdog.started(task.hex(), number, task)
         for listener in self._events:
@@ -143,7 +144,7 @@ class Confirmation:
         status = "timeout" if stalled else "oom" if isinstance(error, OutOfMemoryError) else "lost"
         reason = str(error).strip().splitlines()[0] if not stalled else "no training step for too long"
         row = dataclasses.replace(row, status=status, reason=reason)
-        self._store.forget.remote(row.trial * RUNS_APART + row.run)
+        self._store.forget.remote(_number(row))
         self._losses[row.key] += 1
         if self._losses[row.key] <= self._spec.budget.max_retries:
             self._waiting.appendleft(row)
@@ -154,10 +155,15 @@ class Confirmation:
 
     def _end(self, row: FinalRow, nll: np.ndarray, nelbo: np.ndarray) -> None:
         self._ledger.end_final(row, _images(row, nll, nelbo))
-        self._unneeded.append(row.trial * RUNS_APART + row.run)
+        self._unneeded.append(_number(row))
         self.failures = [*self.failures, row] if row.status not in ("ok", "collapsed", "diverged") else []
         for listener in self._events:
             listener.final_ended(row)
+
+
+def _number(row: FinalRow) -> int:
+    """By which the store knows a run."""
+    return row.trial * RUNS_APART + row.run
 
 
 def _images(row: FinalRow, nll: np.ndarray, nelbo: np.ndarray) -> pa.Table:
@@ -175,7 +181,7 @@ def _train_and_score(
     attempt = Attempt(spec, data, store, number=number, params=params, seed=seed)
     known: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
     nll = nelbo = np.empty(0)
-    with Heartbeat(store, spec.budget.stall_timeout_s) as heartbeat:
+    with contextlib.closing(Heartbeat(store, spec.budget.stall_timeout_s)) as heartbeat:
         heartbeat.attempt = attempt
         try:
             while not attempt.is_final:

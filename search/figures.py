@@ -44,7 +44,7 @@ from search.drawing import (
     thin,
 )
 from search.progress import params_text
-from search.results import Study, ranked
+from search.results import Study, best_of_each
 from search.spec import Range, StudySpec
 from search.tables import TrialRow
 
@@ -70,15 +70,7 @@ def forest(comparison: "Comparison") -> go.Figure:
         text = f"<b>{escaped(name)}</b><br>mean {e.mean:.3f} [{e.interval.low:.3f}, {e.interval.high:.3f}]"
         text += f"<br>median {e.median:.3f}, interquartile mean {e.iqm:.3f}, sd over seeds {sd_text(e)}"
         text += f"<br>first in {e.first:.0%} of the draws"
-        error = {
-            "type": "data",
-            "symmetric": False,
-            "array": [e.interval.high - e.mean],
-            "arrayminus": [e.mean - e.interval.low],
-            "thickness": 2.5,
-            "width": 5,
-        }
-        figure.add_trace(points_of(name, [e.mean], [place], [text], size=11, error_x=error))
+        figure.add_trace(_with_interval(name, e.mean, e.interval.low, e.interval.high, place, text))
     leader = min((estimates[name] for name in names), key=lambda e: e.mean, default=None)
     if leader is not None and comparison.verdict.rope > 0:
         rope = comparison.verdict.rope
@@ -104,20 +96,11 @@ def differences(comparison: "Comparison") -> go.Figure:
         if found is None or name == leader:
             continue
         sign = 1 if found.a == name else -1
-        ends = sorted((sign * found.interval.low, sign * found.interval.high))
+        low, high = sorted((sign * found.interval.low, sign * found.interval.high))
         text = f"<b>{escaped(name)}</b> against {escaped(leader)}<br>{sign * found.difference:+.3f} "
-        text += f"[{ends[0]:+.3f}, {ends[1]:+.3f}] nats"
+        text += f"[{low:+.3f}, {high:+.3f}] nats"
         text += f"<br>p {p_text(found.p_value)}, after Holm {p_text(found.p_holm)}"
-        error = {
-            "type": "data",
-            "symmetric": False,
-            "array": [ends[1] - sign * found.difference],
-            "arrayminus": [sign * found.difference - ends[0]],
-            "thickness": 2.5,
-            "width": 5,
-        }
-        point = points_of(name, [sign * found.difference], [len(names)], [text], size=11, error_x=error)
-        figure.add_trace(point)
+        figure.add_trace(_with_interval(name, sign * found.difference, low, high, len(names), text))
         names.append(name)
     if not names:
         return nothing(figure, "There is only one finalist.")
@@ -126,6 +109,13 @@ def differences(comparison: "Comparison") -> go.Figure:
         band(figure, -verdict.rope, verdict.rope)
     note(figure, f"To the right of 0: worse than {leader}. The shaded band counts as equal.")
     return finish(in_rows(figure, names))
+
+
+def _with_interval(name: str, x: float, low: float, high: float, y: int, text: str) -> go.Scatter:
+    """A point of an activation, and a bar from low to high."""
+    error = {"array": [high - x], "arrayminus": [x - low]}
+    style = {"type": "data", "symmetric": False, "thickness": 2.5, "width": 5}
+    return points_of(name, [x], [y], [text], size=11, error_x=style | error)
 
 
 def _best_of_each(arms: Sequence["Arm"]) -> go.Figure:
@@ -261,7 +251,7 @@ def learning_curves(study: Study) -> go.Figure:
     drawn = [row for row in drawn if row.trial in curves]
     if not drawn:
         return nothing(figure, "No epoch has been reported yet.")
-    leading = {row.trial for row in _best_by_activation(rows)}
+    leading = {row.trial for row in best_of_each(rows).values()}
     by_activation: dict[str, list[TrialRow]] = defaultdict(list)
     for row in drawn:
         by_activation[row.activations].append(row)
@@ -519,7 +509,7 @@ def _last_of_each(table: pa.Table, column: str) -> Iterable[tuple[int, int, Any]
 
 def _curves_to_draw(rows: Sequence[TrialRow]) -> list[TrialRow]:
     """The best of each activation, and an even choice of the others by their loss."""
-    best = _best_by_activation(rows)
+    best = best_of_each(list(rows)).values()
     leading = {row.trial for row in best}
     others = [row for row in rows if row.trial not in leading and row.epochs]
     others.sort(key=lambda row: (_loss(row) if is_number(_loss(row)) else math.inf, row.trial))
@@ -584,13 +574,6 @@ def _is_logarithmic(spec: StudySpec, parameter: str, values: Sequence[float]) ->
     """As the space has it; a list of values is if it spans much."""
     entry = getattr(spec.space, parameter, None)
     return entry.log if isinstance(entry, Range) else max(values) > LOG_SPAN * min(values)
-
-
-def _best_by_activation(rows: Sequence[TrialRow]) -> list[TrialRow]:
-    best: dict[str, TrialRow] = {}
-    for row in ranked(list(rows)):
-        best.setdefault(row.activations, row)
-    return list(best.values())
 
 
 def _loss(row: TrialRow) -> Any:

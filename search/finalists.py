@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from search.results import ranked
+from search.results import best_of_each, ranked
 from search.spec import StudySpec
 from search.tables import FinalRow, TrialRow
 
@@ -34,7 +34,7 @@ def finalists(spec: StudySpec, rows: list[TrialRow]) -> list[TrialRow]:
 
 def dropped(rows: list[TrialRow]) -> Mapping[str, str]:
     """Activation -> why it has no finalist. Two always have, if two have a healthy trial: one has no rival."""
-    best = {row.activations: row for row in reversed(ranked(rows))}
+    best = best_of_each(rows)
     ended: dict[str, list[TrialRow]] = defaultdict(list)
     for row in rows:
         if row.state != "RUNNING":

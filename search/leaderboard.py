@@ -11,7 +11,7 @@ from rich.table import Table
 
 from search.output import plain
 from search.progress import activation_text, duration, hidden_text, params_text, shapes_differ
-from search.results import Study, Summary
+from search.results import Study, Summary, storage_flag
 from search.tables import TrialRow
 from vae.data import SourceStatus
 
@@ -67,8 +67,7 @@ def as_json(study: Study) -> dict[str, Any]:
 
 
 def next_commands(study: Study, summary: Summary) -> Iterator[str]:
-    storage = str(study.path.parent)
-    where = "" if storage == "studies" else f" --storage {shlex.quote(storage)}"
+    where = storage_flag(study.path)
     name = shlex.quote(study.name)
     yield f"  vaesearch show {name}{where} --trials"
     if summary.train_objective == "elbo":
@@ -174,14 +173,18 @@ def _activations_table(summary: Summary) -> Table:
     return table
 
 
-def _counts(summary: Summary) -> str:
-    counts = {
+def counts(summary: Summary) -> dict[str, int]:
+    """What became of the trials, in words, and of how many."""
+    return {
         "in full": len(summary.leaders),
         "stopped early": summary.stopped,
         **{status: n for status, n in summary.statuses.items() if status != "ok"},
         "unfinished": summary.states.get("RUNNING", 0),
     }
-    parts = [f"{count} {word}" for word, count in counts.items() if count]
+
+
+def _counts(summary: Summary) -> str:
+    parts = [f"{count} {word}" for word, count in counts(summary).items() if count]
     return f"{summary.ended} of {summary.trials} trials, {', '.join(parts) or 'none begun'}"
 
 

@@ -34,8 +34,10 @@ from search.tables import (
     part_files,
     part_number,
     read_part,
+    run_keys,
     to_rows,
     to_table,
+    whole_runs,
 )
 from search.writer import BackgroundWriter, Write
 
@@ -146,12 +148,6 @@ def _encoded(folder: Location, table: pa.Table) -> pa.Buffer:
     return sink.getvalue()
 
 
-def _run_keys(table: pa.Table) -> pa.Array:
-    """One number for each finalist's run."""
-    trial = pc.multiply(table["trial"].cast(pa.int64()), 2**32)
-    return pc.add(trial, table["run"].cast(pa.int64())).combine_chunks()
-
-
 @dataclass(frozen=True)
 class Contents:
     """What is on disk of a study's tables, by part. `set_aside`: parts that could not be read.
@@ -238,24 +234,19 @@ class Ledger:
         """
         known = joined("trials", contents.parts["trials"])["trial"].combine_chunks()
         for writer in (*self._settled, self._attempts, self._finals, self._final_images):
-            self._keep(contents, writer, lambda table: pc.is_in(table["trial"], known))
-        has_images = pc.unique(_run_keys(joined("final_images", contents.parts["final_images"])))
-        self._keep(
-            contents,
-            self._finals,
-            lambda table: pc.or_(pc.is_in(_run_keys(table), has_images), pc.not_equal(table["state"], "COMPLETE")),
-        )
+            self._keep(contents, writer, lambda table: table.filter(pc.is_in(table["trial"], known)))
+        images = joined("final_images", contents.parts["final_images"])
+        self._keep(contents, self._finals, lambda table: whole_runs(table, images))
         finals = joined("finals", contents.parts["finals"])
-        complete = pc.unique(_run_keys(finals.filter(pc.equal(finals["state"], "COMPLETE"))))
-        self._keep(contents, self._final_images, lambda table: pc.is_in(_run_keys(table), complete))
+        complete = pc.unique(run_keys(finals.filter(pc.equal(finals["state"], "COMPLETE"))))
+        self._keep(contents, self._final_images, lambda table: table.filter(pc.is_in(run_keys(table), complete)))
 
-    def _keep(self, contents: Contents, writer: TableWriter[Any], is_kept: Callable[[pa.Table], Any]) -> None:
+    def _keep(self, contents: Contents, writer: TableWriter[Any], kept: Callable[[pa.Table], pa.Table]) -> None:
         """Drop the other rows of a table, in `contents` and on disk."""
         parts = contents.parts[writer.table]
         for number, table in parts.items():
-            mask = is_kept(table)
-            if not pc.all(mask, min_count=0).as_py():
-                parts[number] = table.filter(mask)
+            parts[number] = kept(table)
+            if parts[number].num_rows < table.num_rows:
                 self.writer.put([_write_of(writer.folder, number, parts[number])])
 
     @property

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import jinja2
 
+from search.leaderboard import counts
 from search.progress import params_text, shapes_differ, unit_of
 from search.results import Study
 
@@ -20,10 +21,5 @@ def study_html(study: Study) -> str:
         summary=summary,
         unit=unit_of(leaders[0]) if leaders else "",
         leaders=[(row, params_text(row, shapes_differ(leaders))) for row in leaders],
-        counts={
-            "in full": len(summary.leaders),
-            "stopped early": summary.stopped,
-            **{status: count for status, count in sorted(summary.statuses.items()) if status != "ok"},
-            "unfinished": summary.states.get("RUNNING", 0),
-        },
+        counts=counts(summary),
     )

@@ -118,26 +118,8 @@ class Snapshot(Study):
         super().__init__(path)
         self._read: dict[str, Any] = {}
 
-    def trials(self) -> pa.Table:
-        return self._once("trials", super().trials)
-
-    def epochs(self) -> pa.Table:
-        return self._once("epochs", super().epochs)
-
-    def diagnostics(self) -> pa.Table:
-        return self._once("diagnostics", super().diagnostics)
-
-    def layers(self) -> pa.Table:
-        return self._once("layers", super().layers)
-
-    def attempts(self) -> pa.Table:
-        return self._once("attempts", super().attempts)
-
-    def finals(self) -> pa.Table:
-        return self._once("finals", super().finals)
-
-    def final_images(self) -> pa.Table:
-        return self._once("final_images", super().final_images)
+    def _table(self, name: str) -> pa.Table:
+        return self._once(name, lambda: super(Snapshot, self)._table(name))
 
     def rows(self) -> list[TrialRow]:
         return self._once("rows", super().rows)

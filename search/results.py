@@ -1,9 +1,10 @@
 """A study as it lies on disk: open it, rank it, sum it up. Reads only; light to import."""
 
 import logging
+import shlex
 import tomllib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import tomli_w
 
 from search.spec import StudySpec
 from search.storage import Location, location, write_atomically
-from search.tables import FinalRow, TrialRow, read_table, read_trials, to_rows
+from search.tables import FinalRow, TrialRow, read_table, to_rows, whole_runs
 from vae.config import InputError
 
 log = logging.getLogger(__name__)
@@ -103,44 +104,44 @@ class Study:
 
     def trials(self) -> pa.Table:
         """One row a trial; columns as in `search.tables.TrialRow`."""
-        return read_table(self.path, "trials")
+        return self._table("trials")
 
     def epochs(self) -> pa.Table:
         """One row a trial and epoch; columns as in `search.tables.EpochRow`."""
-        return read_table(self.path, "epochs")
+        return self._table("epochs")
 
     def diagnostics(self) -> pa.Table:
         """One row a trial and rung: what its model was like; columns as in `search.tables.DiagnosticsRow`."""
-        return read_table(self.path, "diagnostics")
+        return self._table("diagnostics")
 
     def layers(self) -> pa.Table:
         """One row a trial, rung and hidden layer; columns as in `search.tables.LayerRow`."""
-        return read_table(self.path, "layers")
+        return self._table("layers")
 
     def attempts(self) -> pa.Table:
         """One row a start of a trial in a worker; columns as in `search.tables.AttemptRow`."""
-        return read_table(self.path, "attempts")
+        return self._table("attempts")
 
     def finals(self) -> pa.Table:
         """One row a finalist and fresh seed, scored on the test split; columns as in `search.tables.FinalRow`."""
-        return read_table(self.path, "finals")
+        return self._table("finals")
 
     def final_images(self) -> pa.Table:
         """One row a finalist, seed and row of the test split; columns as in `search.tables.FinalImageRow`."""
-        return read_table(self.path, "final_images")
+        return self._table("final_images")
 
     def rows(self) -> list[TrialRow]:
-        return read_trials(self.path)
+        return to_rows(self.trials().sort_by("trial"), TrialRow)
 
     def final_rows(self) -> list[FinalRow]:
-        return to_rows(self.finals().sort_by([("trial", "ascending"), ("run", "ascending")]), FinalRow)
+        return final_rows_of(self.finals())
 
     def whole_final_rows(self) -> list[FinalRow]:
-        """Those of `final_rows` but runs that ended well and whose rows of the test split went with a damaged part."""
-        images = self.final_images()
-        pairs = zip(images["trial"].to_numpy(), images["run"].to_numpy(), strict=True)
-        scored = {(int(trial), int(run)) for trial, run in pairs}
-        return [final for final in self.final_rows() if final.state != "COMPLETE" or final.key in scored]
+        """Those of `final_rows` but runs whose rows of the test split went with a damaged part."""
+        return final_rows_of(whole_runs(self.finals(), self.final_images()))
+
+    def _table(self, name: str) -> pa.Table:
+        return read_table(self.path, name)
 
     def summary(self) -> Summary:
         return summarise(self.name, self.spec.budget.trials, self.rows())
@@ -151,13 +152,17 @@ class Study:
         return sorted((config.parent for config in configs), key=lambda folder: int(folder.name.split("-")[0]))
 
 
+def final_rows_of(finals: pa.Table) -> list[FinalRow]:
+    """In the order of their trials and runs."""
+    return to_rows(finals.sort_by([("trial", "ascending"), ("run", "ascending")]), FinalRow)
+
+
 def summarise(name: str, trials: int, rows: list[TrialRow]) -> Summary:
     leaders = ranked(rows)
     of_activation: dict[str, list[TrialRow]] = {}
     leading = {row.trial for row in leaders}
     for row in [*leaders, *(row for row in rows if row.trial not in leading)]:
         of_activation.setdefault(row.activations, []).append(row)
-    baselines = [row.no_latent_nelbo for row in rows if row.no_latent_nelbo is not None]
     stopped = [row for row in rows if row.state == "PRUNED" and row.status == "ok"]
     return Summary(
         name=name,
@@ -167,7 +172,7 @@ def summarise(name: str, trials: int, rows: list[TrialRow]) -> Summary:
         leaders=leaders,
         activations=[_summarise_activation(name, its_rows) for name, its_rows in of_activation.items()],
         train_objective=rows[0].train_objective if rows else "elbo",
-        no_latent_nelbo=baselines[0] if baselines else None,
+        no_latent_nelbo=no_latent_nelbo(rows),
         stopped=len(stopped),
         lowest=min((row.val_nelbo for row in rows if row.val_nelbo is not None), default=None),
         epochs_trained=sum(row.epochs for row in rows),
@@ -175,6 +180,11 @@ def summarise(name: str, trials: int, rows: list[TrialRow]) -> Summary:
         train_wall_s=sum(row.train_wall_s for row in rows),
         restarts=sum(max(0, row.attempts - 1) for row in rows),
     )
+
+
+def no_latent_nelbo(rows: Iterable[TrialRow | FinalRow]) -> float | None:
+    """Of a model that ignores its latents: the same for all, known once one has been built."""
+    return next((row.no_latent_nelbo for row in rows if row.no_latent_nelbo is not None), None)
 
 
 def _summarise_activation(activation: str, rows: list[TrialRow]) -> ActivationSummary:
@@ -195,18 +205,28 @@ def ranked(rows: list[TrialRow]) -> list[TrialRow]:
     return sorted(full, key=lambda row: (row.ranks_by, row.trial))
 
 
+def best_of_each(rows: list[TrialRow]) -> dict[str, TrialRow]:
+    """Activation -> the best of its trials that may be called so; the best of all first."""
+    best: dict[str, TrialRow] = {}
+    for row in ranked(rows):
+        best.setdefault(row.activations, row)
+    return best
+
+
 def exportable(spec: StudySpec, rows: list[TrialRow]) -> list[TrialRow]:
     """The trials whose models are worth keeping, best first: of a comparison, the best of each activation alone."""
-    leaders = ranked(rows)
-    if spec.goal == "best-model":
-        return leaders
-    first = {row.activations: row for row in reversed(leaders)}
-    return [row for row in leaders if first[row.activations] is row]
+    return ranked(rows) if spec.goal == "best-model" else list(best_of_each(rows).values())
 
 
 def exported(spec: StudySpec, rows: list[TrialRow]) -> list[TrialRow]:
     """The trials whose models are kept, best first."""
     return exportable(spec, rows)[: spec.num_exported]
+
+
+def storage_flag(study_path: Location) -> str:
+    """What a command on a study needs besides its name: nothing, or a blank and --storage."""
+    storage = str(study_path.parent)
+    return "" if storage == "studies" else f" --storage {shlex.quote(storage)}"
 
 
 def open_study(path: str | Location) -> Study:

@@ -27,7 +27,6 @@ class Rounds:
 
     def __init__(
         self,
-        spec: StudySpec,
         ledger: Ledger,
         lease: Lease,
         server: Any,

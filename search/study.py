@@ -126,7 +126,7 @@ def _is_complete(spec: StudySpec, stored: Study) -> bool:
     rows = stored.rows()
     if sum(row.state != "RUNNING" for row in rows) < spec.budget.trials:
         return False
-    return not missing_runs(spec, rows, stored.whole_final_rows())
+    return not spec.finalists.confirm or not missing_runs(spec, rows, stored.whole_final_rows())
 
 
 def _concurrency(spec: StudySpec, runtime: Runtime) -> int:
@@ -240,7 +240,6 @@ class _Driver:
     ) -> Rounds:
         patience = Patience(self.path, self.spec.storage.patience_s, self.say)
         return Rounds(
-            self.spec,
             ledger,
             self.lease,
             server,

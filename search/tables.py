@@ -12,6 +12,7 @@ from operator import attrgetter
 from typing import Any, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from search.storage import Location, read_buffer
@@ -543,6 +544,18 @@ def read_table(study_path: Location, table: str) -> pa.Table:
 def read_trials(study_path: Location) -> list[TrialRow]:
     """The trials of a study in the order of their numbers."""
     return to_rows(read_table(study_path, "trials").sort_by("trial"), TrialRow)
+
+
+def whole_runs(finals: pa.Table, images: pa.Table) -> pa.Table:
+    """The finals without runs that ended well and of which there are no images: those went with a damaged part."""
+    is_there = pc.is_in(run_keys(finals), pc.unique(run_keys(images)))
+    return finals.filter(pc.or_(is_there, pc.not_equal(finals["state"], "COMPLETE")))
+
+
+def run_keys(table: pa.Table) -> pa.Array:
+    """One number for each run of a finalist, from its trial and its run."""
+    trial = pc.multiply(table["trial"].cast(pa.int64()), 2**32)
+    return pc.add(trial, table["run"].cast(pa.int64())).combine_chunks()
 
 
 def joined(table: str, parts: Mapping[int, pa.Table]) -> pa.Table:

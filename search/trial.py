@@ -22,7 +22,7 @@ class VaeTrial(tune.Trainable):
         self.reset_config(config)
 
     def cleanup(self) -> None:
-        self._heartbeat.end()
+        self._heartbeat.close()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Begin another trial in this process. All that a trial changes is in its Attempt, which is new."""
