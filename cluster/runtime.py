@@ -112,7 +112,7 @@ def _connected(ray, **options: object) -> Iterator[None]:  # type: ignore[no-unt
     before = {"PYTHONBREAKPOINT": os.environ.get("PYTHONBREAKPOINT")}  # ray.init sends breakpoint() to its debugger
     with _errors_logged(ray):
         try:
-            with _our_handler_of_sigterm(ray):
+            with _our_handler_of_sigterm(ray), _helpers_spared(ray):
                 ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
             yield
         finally:
@@ -130,6 +130,22 @@ def _errors_logged(ray) -> Iterator[None]:  # type: ignore[no-untyped-def]
         yield
     finally:
         worker.print_to_stdstream = printing
+
+
+@contextlib.contextmanager
+def _helpers_spared(ray) -> Iterator[None]:  # type: ignore[no-untyped-def]
+    """Keep ray.init (2.60) from starting, on a private Ray, three Python processes that serve nobody there: for the
+    dashboard (also without one), to scale the cluster, to print what workers print. They cost 3 s in all."""
+    node = ray._private.node.Node
+    spared = ("start_api_server", "start_monitor", "start_log_monitor")
+    before = {name: getattr(node, name) for name in spared}
+    for name in spared:
+        setattr(node, name, lambda self, **options: None)
+    try:
+        yield
+    finally:
+        for name, method in before.items():
+            setattr(node, name, method)
 
 
 @contextlib.contextmanager

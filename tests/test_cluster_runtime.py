@@ -149,6 +149,11 @@ def test_every_socket_of_a_private_ray_listens_on_loopback_alone(report):
     assert {address for _, address in report["listening"]} <= set(LOOPBACK), report["listening"]
 
 
+def test_a_private_ray_starts_no_process_that_nobody_needs(report):
+    spared = ("dashboard/dashboard.py", "monitor.py", "log_monitor.py")
+    assert not [command for command in report["commands"] if any(name in command for name in spared)]
+
+
 def test_a_private_ray_lets_nobody_in_without_its_token(report):
     entered, said = report["right"]
     assert entered, said  # else the refusals below would show nothing

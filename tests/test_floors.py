@@ -64,6 +64,27 @@ def test_vae_with_all_its_modules_loads_nothing_of_the_floors_above():
     assert not loaded & {"ray", "optuna", "duckdb", "pyarrow.dataset", "search", "cluster"}
 
 
+@pytest.mark.parametrize(("body", "objective"), [("mlp", "elbo"), ("conv", "elbo"), ("mlp", "vae_gan")])
+def test_to_train_to_count_and_to_resume_load_no_compiler(body, objective):
+    code = f"""
+import sys
+from vae.adversarial import make_trainer
+from vae.config import DataConfig, ModelConfig, TrainConfig
+from vae.data import load_data
+from vae.model import num_parameters
+data = load_data(DataConfig(source="digits"))
+config = ModelConfig(input_dim=64, image_shape=(8, 8), body={body!r}, latent_dim=2, hidden_dims=(8,), channels=(4,))
+trainer = make_trainer(config, TrainConfig(max_epochs=1, objective={objective!r}), data, seed=0)
+assert num_parameters(config) == trainer.model.num_parameters
+trainer.train_epoch()
+trainer.diagnose()
+trainer.load_state_dict(trainer.state_dict())
+print(*sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert not set(done.stdout.split()) & {"torch._dynamo", "torch._inductor", "sklearn"}
+
+
 def test_cluster_with_all_its_modules_loads_neither_the_model_nor_the_study():
     loaded = loaded_by(*modules_of("cluster"))
     assert "cluster.resources" in loaded

@@ -382,6 +382,13 @@ def test_real_mnist_has_its_known_sizes_and_mean():
     assert set(np.unique(got.validation)) == {0.0, 1.0}
 
 
+def test_digits_are_those_that_scikit_learn_reads():
+    from sklearn.datasets import load_digits
+
+    source = readers.read_source(DataConfig(source="digits"))
+    np.testing.assert_array_equal(source.train, load_digits().images)
+
+
 def test_digits_are_sixteenths():
     got = load("digits", binarize="none")
     assert together(got).shape == (1797, 64)
@@ -925,12 +932,12 @@ def test_threshold_is_one_above_a_half(tmp_path):
 
 
 def test_reading_every_format_imports_neither_torch_nor_ray_nor_pyarrow_dataset(tmp_path, rows):
-    sources = [str(save(tmp_path / f"x{suffix}", rows)) for suffix in (".npy", ".npz", ".csv", ".parquet")]
+    files = [str(save(tmp_path / f"x{suffix}", rows)) for suffix in (".npy", ".npz", ".csv", ".parquet")]
     code = (
         "import sys; from vae.config import DataConfig; from vae.data import load_data\n"
         "assert 'sklearn' not in sys.modules and 'pyarrow' not in sys.modules\n"
-        f"for source in {sources!r}: load_data(DataConfig(source=source))\n"
-        "print([m for m in ('torch', 'ray', 'optuna', 'pyarrow.dataset') if m in sys.modules])"
+        f"for source in {['digits', *files]!r}: load_data(DataConfig(source=source))\n"
+        "print([m for m in ('torch', 'ray', 'optuna', 'sklearn', 'pyarrow.dataset') if m in sys.modules])"
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"

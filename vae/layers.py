@@ -88,7 +88,7 @@ class ImageHead(nn.Module):
         super().__init__()
         height, width, channels = hwc(image_shape)
         self.conv = UpConv(in_channels, channels, (height, width))
-        nn.init.xavier_normal_(self.conv.weight)
+        _xavier_normal(self.conv.weight)
         self.conv.bias = None  # in favour of the one below
         self.bias = nn.Parameter(torch.zeros(height * width * channels))
 
@@ -175,9 +175,14 @@ def make_outputs(config: ModelConfig) -> nn.Linear | ImageHead:
 
 def head(fan_in: int, width: int, gain: float = 1.0) -> nn.Linear:
     linear = nn.Linear(fan_in, width)
-    nn.init.xavier_normal_(linear.weight, gain=gain)
+    _xavier_normal(linear.weight, gain)
     nn.init.zeros_(linear.bias)
     return linear
+
+
+def _xavier_normal(weight: Tensor, gain: float = 1.0) -> None:
+    if not weight.is_meta:  # there torch.normal_ first imports all of torch.compile
+        nn.init.xavier_normal_(weight, gain=gain)
 
 
 def hwc(image_shape: tuple[int, ...]) -> tuple[int, int, int]:

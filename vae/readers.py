@@ -12,6 +12,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,9 +60,7 @@ def read_source(config: DataConfig) -> Source:
     if config.columns is not None and suffix not in (".csv", ".parquet"):
         raise InputError(f"{name}: data.columns is for .csv and .parquet files; leave it out")
     if name == "digits":
-        from sklearn.datasets import load_digits
-
-        return Source(name, load_digits().images.astype(np.uint8), full_scale=16)
+        return Source(name, _read_digits(), full_scale=16)
     if name in IDX_SOURCES:
         return _read_idx_source(name, config.data_dir)
     path = Path(name).expanduser()
@@ -83,6 +82,17 @@ def _reading(label: object) -> Iterator[None]:
     except Exception as error:  # the readers know dozens of types: zlib's, zipfile's, Arrow's, struct's, ...
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise InputError(f"{label}: cannot be read ({reason}); fetch or write the file again") from error
+
+
+def _read_digits() -> np.ndarray:
+    """(1797, 8, 8), 0 to 16. From scikit-learn's file of them, whose last column is the label: to import scikit-learn
+    takes two seconds."""
+    package = find_spec("sklearn")
+    if package is None or package.origin is None:
+        raise InputError("digits: scikit-learn, which ships them, is not there; pip install scikit-learn")
+    path = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    with _reading(path):
+        return np.loadtxt(path, delimiter=",", dtype=np.uint8)[:, :-1].reshape(-1, 8, 8)
 
 
 def _idx_folders(name: str, data_dir: str | None) -> list[Path]:
