@@ -372,6 +372,9 @@ def _tell_verdict(study: "Study", json: bool) -> None:
 
 def main() -> None:
     """The command. Exit status: 0 done, 1 failed, 2 wrong usage or file, 130 and 143 interrupted."""
+    from search.interrupts import remember_interrupts
+
+    remember_interrupts()
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]  # wherever it stands
     try:
         app(args=arguments)

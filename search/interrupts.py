@@ -22,6 +22,20 @@ class Interrupted(BaseException):
         self.signum = signum
 
 
+_swallowed: list[int] = []
+"""A Ctrl-C that came before a study had its handlers. What is imported then may catch a KeyboardInterrupt and go on."""
+
+
+def remember_interrupts() -> None:
+    """From now on Ctrl-C also ends the next study, if something swallows the KeyboardInterrupt that it raises."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        _swallowed.append(signum)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+
+
 class Interrupts:
     """Raises Interrupted at the first signal, or where a search is `deferred`, at its next step."""
 
@@ -59,6 +73,8 @@ def interrupts_caught() -> Iterator[Interrupts]:
         return
     before = {signum: signal.signal(signum, interrupts) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
+        if _swallowed:
+            raise Interrupted(_swallowed.pop())
         yield interrupts
     finally:
         for signum, handler in before.items():
