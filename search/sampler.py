@@ -16,8 +16,9 @@ history alone.
 
 import dataclasses
 import warnings
+from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -49,8 +50,9 @@ class _Live:
     trial: optuna.Trial
     params: Params
     row: TrialRow
-    attempt: AttemptRow
+    attempt: AttemptRow = field(init=False)
     told: float | None = None  # of its last epoch
+    losses: int = 0  # of its workers, in this run
     is_stalled: bool = False  # its worker is being taken away because nothing moved
 
 
@@ -82,6 +84,7 @@ class StudySearcher(Searcher):
         }
         self._asked: _Live | None = None  # a suggestion on its way to the disk
         self._live: dict[str, _Live] = {}  # by Ray's id
+        self._again: deque[_Live] = deque()  # Tune has given them up, and we have not
 
     @property
     def gave_up(self) -> bool:
@@ -90,9 +93,16 @@ class StudySearcher(Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         if self._asked is None:
-            if self.gave_up or (not self._unfinished and self._next_number >= self.spec.budget.trials):
+            is_all_asked = not self._unfinished and self._next_number >= self.spec.budget.trials
+            if self.gave_up or (is_all_asked and not self._again and not self._live):
                 return Searcher.FINISHED  # type: ignore[return-value]  # Tune's own sentinel
-            self._asked = self._ask()
+            if self._again:
+                self._asked = self._again.popleft()
+                self._begin_attempt(self._asked)
+            elif is_all_asked:
+                return None  # one of those under way may have to be suggested again
+            else:
+                self._asked = self._ask()
         live = self._asked
         if not self.ledger.start_trial(live.row):
             # Tune comes back; meanwhile the trials under way are served. Where there are none it does nothing else
@@ -118,8 +128,12 @@ class StudySearcher(Searcher):
             self._end(live, outcome_of(result))
         elif error:
             if live.attempt.outcome is None:
-                self._settle_attempt(live, "lost", "its worker was lost")
-            self._end(live, self._loss_for_good(live.attempt))
+                self._settle_loss(live, "lost", "its worker was lost")
+            if live.losses <= self.spec.budget.max_retries:
+                # Tune (2.60) gives a trial up at once where its worker is lost as it takes it. We do not.
+                self._again.append(live)
+            else:
+                self._end(live, self._loss_for_good(live.attempt))
         else:  # the study was interrupted: the ledger's row stays RUNNING and goes on next time
             self._settle_attempt(live, "interrupted", None)
 
@@ -135,18 +149,15 @@ class StudySearcher(Searcher):
             outcome, reason = "timeout", f"no training step for {self.spec.budget.stall_timeout_s:g} s"
         else:
             outcome, reason = "oom" if _is_out_of_memory(error) else "lost", _one_line(error)
-        self._settle_attempt(live, outcome, reason)
+        self._settle_loss(live, outcome, reason)
         for listener in self.events:
             listener.worker_lost(live.row, live.attempt)
 
     def started_again(self, trial_id: str) -> None:
         """A trial whose worker was lost waits for another one."""
         live = self._live[trial_id]
-        live.is_stalled = False
-        live.row = dataclasses.replace(live.row, attempts=live.row.attempts + 1)
-        live.attempt = _new_attempt(live.row)
+        self._begin_attempt(live)
         self.ledger.update_trial(live.row)
-        self.ledger.update_attempt(live.attempt)
 
     def save(self, checkpoint_path: str) -> None:
         """The ledger has it all."""
@@ -164,11 +175,15 @@ class StudySearcher(Searcher):
         self._next_number = max(self._next_number, number + 1)
         arm, turn = self.spec.place(number)
         trial, params = self.arms[arm].ask(turn)
-        row = before or self._new_row(number, params)
-        row = dataclasses.replace(row, attempts=row.attempts + 1)
-        live = _Live(trial, params, row, _new_attempt(row))
-        self.ledger.update_attempt(live.attempt)
+        live = _Live(trial, params, before or self._new_row(number, params))
+        self._begin_attempt(live)
         return live
+
+    def _begin_attempt(self, live: _Live) -> None:
+        live.is_stalled = False
+        live.row = row = dataclasses.replace(live.row, attempts=live.row.attempts + 1)
+        live.attempt = AttemptRow(study=row.study, trial=row.trial, attempt=row.attempts, started_at=_now())
+        self.ledger.update_attempt(live.attempt)
 
     def _new_row(self, number: int, params: Params) -> TrialRow:
         model = self.spec.model_config_for(params, row_shape=(1, 1))
@@ -230,6 +245,10 @@ class StudySearcher(Searcher):
     def _settle_attempt(self, live: _Live, outcome: str, reason: str | None) -> None:
         live.attempt = dataclasses.replace(live.attempt, outcome=outcome, reason=reason, ended_at=_now())
         self.ledger.update_attempt(live.attempt)
+
+    def _settle_loss(self, live: _Live, outcome: str, reason: str) -> None:
+        live.losses += 1
+        self._settle_attempt(live, outcome, reason)
 
     def _loss_for_good(self, attempt: AttemptRow) -> tuple[str, str, str | None]:
         """What becomes of a trial whose worker was lost too often."""
@@ -382,10 +401,6 @@ def _waiting(params: Params) -> FrozenTrial:
 def trial_seed(study_seed: int, number: int) -> int:
     """The seed of a trial: of its initial weights, its order of rows and its noise."""
     return int(np.random.SeedSequence([study_seed, number, 1]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def _new_attempt(row: TrialRow) -> AttemptRow:
-    return AttemptRow(study=row.study, trial=row.trial, attempt=row.attempts, started_at=_now())
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:

@@ -65,6 +65,14 @@ class Desk:
         self.searcher.on_trial_complete(trial_id, result, error)
         self.ledger.flush()
 
+    def lose(self, trial_id: str, error: Exception) -> None:
+        """Its worker, again and again, until Tune gives up."""
+        for _ in range(self.spec.budget.max_retries):
+            self.searcher.worker_lost(trial_id, error)
+            self.searcher.started_again(trial_id)
+        self.searcher.worker_lost(trial_id, error)
+        self.end(trial_id, None, error=True)
+
     def row(self, number: int) -> TrialRow:
         self.ledger.flush()
         return read_trials(self.path)[number]
@@ -232,8 +240,7 @@ def test_an_error_is_a_failure_with_its_reason_in_the_ledger(desk):
 def test_a_worker_lost_for_good_is_a_failure_that_says_what_took_it(desk):
     trial_id, _ = desk.ask()
     desk.searcher.on_trial_result(trial_id, result(curve(1, 2)))
-    desk.searcher.worker_lost(trial_id, RuntimeError("The actor died unexpectedly\nand more"))
-    desk.end(trial_id, None, error=True)
+    desk.lose(trial_id, RuntimeError("The actor died unexpectedly\nand more"))
     row = desk.row(0)
     assert desk.told(0).state == TrialState.FAIL
     assert (row.state, row.status) == ("FAIL", "lost")
@@ -308,7 +315,39 @@ def test_an_attempt_of_a_driver_that_died_is_interrupted(tmp_path):
     assert attempts(desk, 0) == [(1, "interrupted", 0, 2)]
 
 
-def test_a_stalled_worker_is_a_timeout_and_one_too_many_a_failure(desk):
+def test_a_trial_that_tune_gives_up_at_its_first_loss_is_suggested_again(tmp_path):
+    """It does where a worker dies just as it takes its next trial."""
+    desk = Desk(tmp_path / "s", make_spec(budget={"trials": 2, "max_retries": 2}))
+    trial_id, config = desk.ask()
+    other, _ = desk.ask()
+    assert desk.searcher.suggest("more") is None  # for now: one may come back
+    losses = [lambda: desk.searcher.worker_lost(trial_id, RuntimeError("killed")), lambda: None]
+    for told in losses:  # Tune may tell of it, or not
+        told()
+        desk.end(trial_id, None, error=True)
+        assert desk.row(0).state == "RUNNING"
+        trial_id, again = desk.ask()
+        assert again == config
+    desk.end(other, result(curve(1, 6), final=True))
+    assert desk.searcher.suggest("more") is None
+    desk.end(trial_id, result(curve(1, 6), final=True))
+    assert desk.searcher.suggest("more") == Searcher.FINISHED
+    assert attempts(desk, 0) == [(1, "lost", None, 0), (2, "lost", None, 0), (3, "ended", 0, 6)]
+    assert desk.told(0).state == TrialState.COMPLETE
+    assert len(desk.searcher.arms[0].study.get_trials()) == 2
+
+
+def test_one_that_tune_gives_up_too_often_is_lost_for_good(tmp_path):
+    desk = Desk(tmp_path / "s", make_spec(budget={"trials": 1, "max_retries": 2}))
+    for _ in range(3):
+        trial_id, _ = desk.ask()
+        desk.end(trial_id, None, error=True)
+    assert (desk.row(0).state, desk.row(0).status, desk.row(0).attempts) == ("FAIL", "lost", 3)
+    assert desk.searcher.suggest("more") == Searcher.FINISHED
+
+
+def test_a_stalled_worker_is_a_timeout_and_one_too_many_a_failure(tmp_path):
+    desk = Desk(tmp_path / "s", make_spec(budget={"trials": 9, "max_retries": 2}))
     trial_id, _ = desk.ask()
     desk.searcher.stalled(trial_id)
     desk.searcher.worker_lost(trial_id, RuntimeError("The actor is dead because it was killed by `ray.kill`."))
@@ -328,8 +367,7 @@ def test_a_stalled_worker_is_a_timeout_and_one_too_many_a_failure(desk):
 def test_a_worker_killed_for_memory_too_often_is_out_of_memory_to_the_sampler(desk):
     trial_id, _ = desk.ask()
     desk.searcher.on_trial_result(trial_id, result(curve(1, 2)))
-    desk.searcher.worker_lost(trial_id, OutOfMemoryError("Task was killed due to the node running low on memory."))
-    desk.end(trial_id, None, error=True)
+    desk.lose(trial_id, OutOfMemoryError("Task was killed due to the node running low on memory."))
     row = desk.row(0)
     assert (row.state, row.status) == ("PRUNED", "oom")
     assert desk.told(0).constraints["oom"] == 1.0
@@ -388,7 +426,7 @@ def test_trials_whose_rows_were_lost_are_tried_anew_under_their_numbers(tmp_path
         again = Desk(path, desk.spec)
         numbers = [again.ask()[1]["trial"] for _ in range(6 - len([n for n in kept if n != 4]))]
         assert numbers == [n for n in range(6) if n not in kept or n == 4]
-        assert again.searcher.suggest("more") == Searcher.FINISHED
+        assert again.searcher.suggest("more") is None
         again.ledger.flush()
         assert [row.trial for row in read_trials(path)] == list(range(6))
         assert set(read_table(path, "epochs")["trial"].to_pylist()) <= set(kept)  # those of the lost rows went, too
@@ -445,7 +483,7 @@ def play(desk: Desk, rng: random.Random, trials: int) -> Counter[str]:
             case "error":
                 desk.end(trial_id, result(early, status="error", reason="?"))
             case "lost":
-                desk.end(trial_id, None, error=True)
+                desk.lose(trial_id, RuntimeError("killed"))
             case "live":
                 desk.end(trial_id, None)
     return seen
@@ -483,7 +521,7 @@ def test_no_trial_is_left_running_in_optuna_when_all_have_ended(tmp_path):
         (result(curve(1, 1), status="error", reason="?"), False),
         (None, True),
     ]
-    desk = Desk(tmp_path / "s", make_spec(budget={"trials": len(ends)}))
+    desk = Desk(tmp_path / "s", make_spec(budget={"trials": len(ends), "max_retries": 0}))
     ids = [desk.ask()[0] for _ in ends]
     for trial_id, (last, error) in zip(ids, ends, strict=True):
         desk.end(trial_id, last, error)
@@ -526,8 +564,9 @@ def test_a_trial_that_goes_on_after_a_crash_ends_as_if_nothing_had_happened(tmp_
 def test_suggestions_end_with_the_budget(tmp_path):
     desk = Desk(tmp_path / "s", make_spec(budget={"trials": 3}))
     ids = [desk.ask()[0] for _ in range(3)]
-    assert desk.searcher.suggest("more") == Searcher.FINISHED
-    desk.end(ids[0], result(curve(1, 6), final=True))
+    for trial_id in ids:
+        assert desk.searcher.suggest("more") is None  # one of those under way may have to be suggested again
+        desk.end(trial_id, result(curve(1, 6), final=True))
     assert desk.searcher.suggest("more") == Searcher.FINISHED
     assert len(read_trials(desk.path)) == 3
     assert not desk.searcher.gave_up

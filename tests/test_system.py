@@ -96,12 +96,12 @@ class Driver:
         """Until it holds or the driver is over."""
         deadline = time.monotonic() + timeout
         while not self.is_over and not condition():
-            assert time.monotonic() < deadline, self.stderr
+            assert time.monotonic() < deadline, "".join(self.stderr)
             time.sleep(0.02)
 
     def wait_for(self, text: str) -> None:
         self.wait_until(lambda: any(text in line for line in self.stderr))
-        assert not self.is_over, self.stderr
+        assert not self.is_over, "".join(self.stderr)
 
     def end(self, timeout: float = 200) -> int:
         code = self.process.wait(timeout)

@@ -1,5 +1,6 @@
 """The whole program killed, starved and cut off, by all means that one machine has; then the same command again."""
 
+import contextlib
 import errno
 import json
 import os
@@ -8,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -364,18 +366,33 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def fill(disk: Path, leave_bytes: int) -> Path:
-    """Take all the room of a disk but some, while others write to it."""
-    filler = disk / "filler"
-    with open(filler, "wb") as file:
-        while True:
-            free = os.statvfs(disk)
-            try:
-                os.posix_fallocate(file.fileno(), 0, max(1, free.f_bavail * free.f_frsize - leave_bytes))
-                return filler
-            except OSError as error:
-                if error.errno != errno.ENOSPC:
-                    raise
+@contextlib.contextmanager
+def full(disk: Path, leave_bytes: int = 0) -> Iterator[None]:
+    """All the room of a disk is taken but some, and so is what others set free: states that are dropped, say."""
+    filler, is_full, is_over = disk / "filler", threading.Event(), threading.Event()
+
+    def take() -> None:
+        with open(filler, "wb") as file:
+            while not is_over.wait(0.002):
+                found = os.statvfs(disk)
+                free = found.f_bavail * found.f_frsize - leave_bytes
+                try:
+                    if free > 0:
+                        os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, free)
+                    is_full.set()
+                except OSError as error:  # others write, too
+                    if error.errno != errno.ENOSPC:
+                        raise
+
+    taker = threading.Thread(target=take)
+    taker.start()
+    try:
+        assert is_full.wait(30)
+        yield
+    finally:
+        is_over.set()
+        taker.join()
+        filler.unlink()
 
 
 def test_a_disk_that_is_full_for_a_while_holds_nothing_up_and_loses_nothing(tmp_path, small_disk):
@@ -383,16 +400,13 @@ def test_a_disk_that_is_full_for_a_while_holds_nothing_up_and_loses_nothing(tmp_
     storage = ("--storage", str(disk / "studies"))
     with driver("run", "--name", "full", "--trials", "12", *storage, *STEADY, cwd=tmp_path) as running:
         running.wait_for("[2/12]")
-        filler = fill(disk, 0)
-        running.wait_for("cannot be written")
-        said = len(running.stderr)
-        assert os.strerror(28) in "".join(running.stderr)
-        assert_consistent(open_study(disk / "studies" / "full"))
-        time.sleep(5)
-        filler.unlink()
+        with full(disk):
+            running.wait_for("cannot be written")
+            assert os.strerror(28) in "".join(running.stderr)
+            assert_consistent(open_study(disk / "studies" / "full"))
+            time.sleep(5)
         running.wait_for("is written again")
         assert running.end() == 0, running.stderr
-    assert said
     assert_whole(open_study(disk / "studies" / "full"), trials=12)
 
 
@@ -402,24 +416,23 @@ def test_a_disk_that_stays_full_ends_the_study_clearly_and_with_room_the_same_co
     arguments = ("run", "--name", "full", "--trials", "12", "--storage", str(disk / "studies"), *STEADY)
     with driver(*arguments, "--set", "storage.patience_s=3", cwd=tmp_path) as running:
         running.wait_for("[2/12]")
-        filler = fill(disk, 0)
-        assert running.end() == 1
-    last = [line for line in running.stderr if line.startswith("vaesearch: ") or "the same command" in line]
-    assert str(path) in last[0]
-    assert os.strerror(28) in last[0]
-    assert "the same command" in last[-1]
-    assert not any("Traceback" in line for line in running.stderr)
-    assert_consistent(Study(path))
-    ended = {row.trial: row for row in Study(path).rows() if row.state != "RUNNING"}
-    epochs = {(row["trial"], row["epoch"]): row["val_nelbo"] for row in Study(path).epochs().to_pylist()}
-    assert ended
+        with full(disk):
+            assert running.end() == 1
+            last = [line for line in running.stderr if line.startswith("vaesearch: ") or "the same command" in line]
+            assert str(path) in last[0]
+            assert os.strerror(28) in last[0]
+            assert "the same command" in last[-1]
+            assert not any("Traceback" in line for line in running.stderr)
+            assert_consistent(Study(path))
+            ended = {row.trial: row for row in Study(path).rows() if row.state != "RUNNING"}
+            epochs = {(row["trial"], row["epoch"]): row["val_nelbo"] for row in Study(path).epochs().to_pylist()}
+            assert ended
 
-    refused = run(*arguments, cwd=tmp_path)  # there is still no room
-    assert refused.returncode in (1, 2)
-    assert str(disk) in refused.stderr
-    assert len(refused.stderr.strip().splitlines()) <= 6
+            refused = run(*arguments, cwd=tmp_path)  # there is still no room
+            assert refused.returncode in (1, 2)
+            assert str(disk) in refused.stderr
+            assert len(refused.stderr.strip().splitlines()) <= 6
 
-    filler.unlink()
     done = run(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     study = open_study(path)
@@ -437,11 +450,10 @@ def test_states_that_find_no_room_wait_while_the_tables_go_on(tmp_path, small_di
     arguments = ("run", "--name", "wide", "--trials", "4", "--storage", str(disk / "studies"), *wide)
     with driver(*arguments, "--set", "export.top=1", cwd=tmp_path) as running:
         running.wait_until(lambda: (path / "checkpoints").is_dir())
-        filler = fill(disk, 1_000_000)
-        running.wait_for("cannot be written")
-        before = Study(path).epochs().num_rows
-        running.wait_until(lambda: Study(path).epochs().num_rows > before + 1)
-        filler.unlink()
+        with full(disk, leave_bytes=1_000_000):
+            running.wait_for("cannot be written")
+            before = Study(path).epochs().num_rows
+            running.wait_until(lambda: Study(path).epochs().num_rows > before + 1)
         running.wait_for("is written again")
         assert running.end() == 0, running.stderr
     study = open_study(path)
