@@ -55,6 +55,11 @@ class _Live:
     losses: int = 0  # of its workers, in this run
     is_stalled: bool = False  # its worker is being taken away because nothing moved
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the worker gets."""
+        return {"trial": self.row.trial, "seed": self.row.seed, "params": self.params}
+
 
 class StudySearcher(Searcher):
     """Suggests until the study has `spec.budget.trials` trials, and writes the ledger as it goes."""
@@ -84,7 +89,7 @@ class StudySearcher(Searcher):
         }
         self._asked: _Live | None = None  # a suggestion on its way to the disk
         self._live: dict[str, _Live] = {}  # by Ray's id
-        self._again: deque[_Live] = deque()  # Tune has given them up, and we have not
+        self._lost: deque[_Live] = deque()  # with their workers, and to be tried again
 
     @property
     def gave_up(self) -> bool:
@@ -92,17 +97,19 @@ class StudySearcher(Searcher):
         return len(self.failures) >= self.spec.budget.max_consecutive_failures
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        if self._lost and not self.gave_up:
+            live = self._lost.popleft()
+            self._begin_attempt(live)
+            self.ledger.update_trial(live.row)
+            self._live[trial_id] = live
+            return live.config
         if self._asked is None:
             is_all_asked = not self._unfinished and self._next_number >= self.spec.budget.trials
-            if self.gave_up or (is_all_asked and not self._again and not self._live):
+            if self.gave_up or (is_all_asked and not self._live):
                 return Searcher.FINISHED  # type: ignore[return-value]  # Tune's own sentinel
-            if self._again:
-                self._asked = self._again.popleft()
-                self._begin_attempt(self._asked)
-            elif is_all_asked:
-                return None  # one of those under way may have to be suggested again
-            else:
-                self._asked = self._ask()
+            if is_all_asked:
+                return None  # one of those under way may be lost, and tried again
+            self._asked = self._ask()
         live = self._asked
         if not self.ledger.start_trial(live.row):
             # Tune comes back; meanwhile the trials under way are served. Where there are none it does nothing else
@@ -113,7 +120,7 @@ class StudySearcher(Searcher):
         self._live[trial_id] = live
         for listener in self.events:
             listener.trial_started(live.row)
-        return {"trial": live.row.trial, "seed": live.row.seed, "params": live.params}
+        return live.config
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         self._take(self._live[trial_id], result)
@@ -130,8 +137,7 @@ class StudySearcher(Searcher):
             if live.attempt.outcome is None:
                 self._settle_loss(live, "lost", "its worker was lost")
             if live.losses <= self.spec.budget.max_retries:
-                # Tune (2.60) gives a trial up at once where its worker is lost as it takes it. We do not.
-                self._again.append(live)
+                self._lost.append(live)
             else:
                 self._end(live, self._loss_for_good(live.attempt))
         else:  # the study was interrupted: the ledger's row stays RUNNING and goes on next time
@@ -142,7 +148,7 @@ class StudySearcher(Searcher):
         self._live[trial_id].is_stalled = True
 
     def worker_lost(self, trial_id: str, error: BaseException | None) -> None:
-        """A worker is gone. Tune is about to start its trial again, or to give it up if it was lost too often."""
+        """A worker is gone, and Tune is about to give its trial up. Here it is tried again, if not lost too often."""
         if (live := self._live.get(trial_id)) is None:
             return
         if live.is_stalled:
@@ -152,12 +158,6 @@ class StudySearcher(Searcher):
         self._settle_loss(live, outcome, reason)
         for listener in self.events:
             listener.worker_lost(live.row, live.attempt)
-
-    def started_again(self, trial_id: str) -> None:
-        """A trial whose worker was lost waits for another one."""
-        live = self._live[trial_id]
-        self._begin_attempt(live)
-        self.ledger.update_trial(live.row)
 
     def save(self, checkpoint_path: str) -> None:
         """The ledger has it all."""

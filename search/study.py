@@ -4,6 +4,7 @@ import contextlib
 import functools
 import logging
 import os
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -270,6 +271,7 @@ def _fit(
 ) -> None:
     """The one place that knows Ray Tune's controller."""
     from ray import tune
+    from ray.exceptions import RayError
     from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
     from search.trial import VaeTrial
@@ -281,6 +283,9 @@ def _fit(
             return TrialScheduler.STOP
 
         def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+            handled = sys.exception()
+            if handled is not None and not isinstance(handled, RayError):
+                raise handled  # by a callback of ours as a trial ended: Tune (2.60) takes it for the trial's own
             rounds.watchdog.ended(trial.trial_id)
             searcher.worker_lost(trial.trial_id, trial.get_error())
 
@@ -293,9 +298,6 @@ def _fit(
 
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             rounds.watchdog.started(trial.trial_id, trial.config["trial"], trial.temporary_state.ray_actor)
-
-        def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            searcher.started_again(trial.trial_id)
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             rounds.watchdog.ended(trial.trial_id)
@@ -326,7 +328,7 @@ def _fit(
                 storage_path=scratch,
                 callbacks=[StepCallback()],
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # ours go to the store
-                failure_config=tune.FailureConfig(max_failures=spec.budget.max_retries),
+                # No retries of Tune's (2.60): they miss a worker that dies as it takes its trial. The searcher does it.
                 verbose=0,
             ),
         )

@@ -408,6 +408,17 @@ def test_patience_and_retries_may_change_from_run_to_run(copy, small_study):
     assert run_study(changed).rows() == small_study.rows()
 
 
+@pytest.mark.parametrize("max_retries", [0, 3])
+def test_what_a_listener_raises_as_a_trial_ends_ends_the_study(small_spec, tmp_path, max_retries):
+    class DiesWithATrial(StudyEvents):
+        def trial_ended(self, row: TrialRow) -> None:
+            raise Died
+
+    spec = with_(stored_in(small_spec, tmp_path), budget={"max_retries": max_retries})
+    with pytest.raises(Exception, match="Died"):
+        run_study(spec, events=[DiesWithATrial()])
+
+
 def test_a_study_that_was_moved_goes_on_where_it_is_now(small_spec, tmp_path):
     spec = stored_in(small_spec, tmp_path / "one")
     with pytest.raises(Exception, match="Died"):

@@ -66,12 +66,17 @@ class Desk:
         self.ledger.flush()
 
     def lose(self, trial_id: str, error: Exception) -> None:
-        """Its worker, again and again, until Tune gives up."""
+        """Its worker, again and again, once too often."""
         for _ in range(self.spec.budget.max_retries):
-            self.searcher.worker_lost(trial_id, error)
-            self.searcher.started_again(trial_id)
+            trial_id = self.try_again(trial_id, error)
         self.searcher.worker_lost(trial_id, error)
         self.end(trial_id, None, error=True)
+
+    def try_again(self, trial_id: str, error: Exception) -> str:
+        """Its worker is lost, and it gets another one. Returns the id that it has from then on."""
+        self.searcher.worker_lost(trial_id, error)
+        self.end(trial_id, None, error=True)
+        return self.ask()[0]
 
     def row(self, number: int) -> TrialRow:
         self.ledger.flush()
@@ -269,8 +274,7 @@ def test_an_end_is_heard_once(desk):
 def test_epochs_that_a_retried_trial_reports_again_are_neither_doubled_nor_told_twice(desk):
     trial_id, _ = desk.ask()
     desk.searcher.on_trial_result(trial_id, result(curve(1, 3)))
-    desk.searcher.worker_lost(trial_id, RuntimeError("killed"))
-    desk.searcher.started_again(trial_id)
+    trial_id = desk.try_again(trial_id, RuntimeError("killed"))
     desk.searcher.on_trial_result(trial_id, result(curve(1, 4)))  # Optuna would warn of a second report
     desk.end(trial_id, result(curve(5, 6), final=True))
     epochs = read_table(desk.path, "epochs")
@@ -293,8 +297,7 @@ def test_every_attempt_has_a_row_with_its_end_and_where_it_began(desk):
     trial_id, _ = desk.ask()
     assert attempts(desk, 0) == [(1, None, None, 0)]
     desk.searcher.on_trial_result(trial_id, result(curve(1, 3)))
-    desk.searcher.worker_lost(trial_id, RuntimeError("killed"))
-    desk.searcher.started_again(trial_id)
+    trial_id = desk.try_again(trial_id, RuntimeError("killed"))
     desk.searcher.on_trial_result(trial_id, result(curve(1, 4), from_epoch=2, damaged="the state of epoch 3"))
     desk.end(trial_id, result(curve(5, 6), from_epoch=2, damaged="the state of epoch 3", final=True))
     assert attempts(desk, 0) == [(1, "lost", 0, 3), (2, "ended", 2, 6)]
@@ -315,8 +318,7 @@ def test_an_attempt_of_a_driver_that_died_is_interrupted(tmp_path):
     assert attempts(desk, 0) == [(1, "interrupted", 0, 2)]
 
 
-def test_a_trial_that_tune_gives_up_at_its_first_loss_is_suggested_again(tmp_path):
-    """It does where a worker dies just as it takes its next trial."""
+def test_a_trial_whose_worker_is_lost_is_suggested_again_also_as_the_last_of_all(tmp_path):
     desk = Desk(tmp_path / "s", make_spec(budget={"trials": 2, "max_retries": 2}))
     trial_id, config = desk.ask()
     other, _ = desk.ask()
@@ -337,7 +339,7 @@ def test_a_trial_that_tune_gives_up_at_its_first_loss_is_suggested_again(tmp_pat
     assert len(desk.searcher.arms[0].study.get_trials()) == 2
 
 
-def test_one_that_tune_gives_up_too_often_is_lost_for_good(tmp_path):
+def test_one_that_is_lost_too_often_is_lost_for_good(tmp_path):
     desk = Desk(tmp_path / "s", make_spec(budget={"trials": 1, "max_retries": 2}))
     for _ in range(3):
         trial_id, _ = desk.ask()
@@ -350,10 +352,8 @@ def test_a_stalled_worker_is_a_timeout_and_one_too_many_a_failure(tmp_path):
     desk = Desk(tmp_path / "s", make_spec(budget={"trials": 9, "max_retries": 2}))
     trial_id, _ = desk.ask()
     desk.searcher.stalled(trial_id)
-    desk.searcher.worker_lost(trial_id, RuntimeError("The actor is dead because it was killed by `ray.kill`."))
-    desk.searcher.started_again(trial_id)
-    desk.searcher.worker_lost(trial_id, RuntimeError("killed"))
-    desk.searcher.started_again(trial_id)
+    trial_id = desk.try_again(trial_id, RuntimeError("The actor is dead because it was killed by `ray.kill`."))
+    trial_id = desk.try_again(trial_id, RuntimeError("killed"))
     desk.searcher.stalled(trial_id)
     desk.searcher.worker_lost(trial_id, RuntimeError("The actor is dead because it was killed by `ray.kill`."))
     desk.end(trial_id, None, error=True)
