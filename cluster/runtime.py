@@ -112,7 +112,7 @@ def _connected(ray, **options: object) -> Iterator[None]:  # type: ignore[no-unt
     before = {"PYTHONBREAKPOINT": os.environ.get("PYTHONBREAKPOINT")}  # ray.init sends breakpoint() to its debugger
     with _errors_logged(ray):
         try:
-            with _our_handler_of_sigterm(ray), _helpers_spared(ray):
+            with _our_handler_of_sigterm(ray), _idle_processes_spared(ray):
                 ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
             yield
         finally:
@@ -120,46 +120,46 @@ def _connected(ray, **options: object) -> Iterator[None]:  # type: ignore[no-unt
             _restore_environment(before)
 
 
-@contextlib.contextmanager
-def _errors_logged(ray) -> Iterator[None]:  # type: ignore[no-untyped-def]
+def _errors_logged(ray) -> contextlib.AbstractContextManager[None]:  # type: ignore[no-untyped-def]
     """Keep Ray (2.60) from printing to stdout, where answers belong, what went wrong with a task."""
-    worker = ray._private.worker
-    printing = worker.print_to_stdstream
-    worker.print_to_stdstream = lambda data, ignore_prefix: log.debug("%s", "\n".join(data["lines"]))
-    try:
-        yield
-    finally:
-        worker.print_to_stdstream = printing
+    return _replaced(
+        ray._private.worker,
+        print_to_stdstream=lambda data, ignore_prefix: log.debug("%s", "\n".join(data["lines"])),
+    )
 
 
-@contextlib.contextmanager
-def _helpers_spared(ray) -> Iterator[None]:  # type: ignore[no-untyped-def]
-    """Keep ray.init (2.60) from starting, on a private Ray, three Python processes that serve nobody there: for the
-    dashboard (also without one), to scale the cluster, to print what workers print. They cost 3 s in all."""
-    node = ray._private.node.Node
-    spared = ("start_api_server", "start_monitor", "start_log_monitor")
-    before = {name: getattr(node, name) for name in spared}
-    for name in spared:
-        setattr(node, name, lambda self, **options: None)
-    try:
-        yield
-    finally:
-        for name, method in before.items():
-            setattr(node, name, method)
+def _idle_processes_spared(ray) -> contextlib.AbstractContextManager[None]:  # type: ignore[no-untyped-def]
+    """Keep ray.init (2.60) from starting three Python processes that serve nobody on a private Ray: for the dashboard
+    (also without one), to scale the cluster, to print what workers print. They cost 3 s in all."""
+
+    def spared(self: object, **options: object) -> None: ...
+
+    return _replaced(ray._private.node.Node, start_api_server=spared, start_monitor=spared, start_log_monitor=spared)
 
 
 @contextlib.contextmanager
 def _our_handler_of_sigterm(ray) -> Iterator[None]:  # type: ignore[no-untyped-def]
     """Keep ray.init (2.60) from putting two of its own in place: Python's ends the driver with status 15, the
     one below Python writes a backtrace first."""
-    set_handler = ray._private.utils.set_sigterm_handler
-    ray._private.utils.set_sigterm_handler = lambda handler: None
+    try:
+        with _replaced(ray._private.utils, set_sigterm_handler=lambda handler: None):
+            yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+
+
+@contextlib.contextmanager
+def _replaced(owner: object, **attributes: object) -> Iterator[None]:
+    """Of a module or class of Ray's, in this block."""
+    before = {name: getattr(owner, name) for name in attributes}
+    for name, value in attributes.items():
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        ray._private.utils.set_sigterm_handler = set_handler
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        for name, value in before.items():
+            setattr(owner, name, value)
 
 
 def _read_authentication_again() -> None:

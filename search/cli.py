@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from search.interrupts import LEFT_BEHIND, Interrupted, remember_interrupts
 from vae.config import InputError
 
 if TYPE_CHECKING:
@@ -337,7 +338,6 @@ def init() -> None:
 
 
 def _run(spec: "StudySpec", address: str | None, extend: int, json: bool) -> None:
-    from search.interrupts import Interrupted
     from search.leaderboard import as_json, print_study
     from search.progress import Progress
     from search.study import run_study
@@ -372,8 +372,6 @@ def _tell_verdict(study: "Study", json: bool) -> None:
 
 def main() -> None:
     """The command. Exit status: 0 done, 1 failed, 2 wrong usage or file, 130 and 143 interrupted."""
-    from search.interrupts import remember_interrupts
-
     remember_interrupts()
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]  # wherever it stands
     try:
@@ -391,8 +389,6 @@ def main() -> None:
 
 def _leave(code: int) -> NoReturn:
     """End the process; at once where a storage that does not answer would hold up the usual end."""
-    from search.interrupts import LEFT_BEHIND
-
     if any(thread.name == LEFT_BEHIND for thread in threading.enumerate()):
         sys.stdout.flush()
         sys.stderr.flush()

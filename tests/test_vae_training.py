@@ -187,6 +187,20 @@ def test_every_epoch_draws_its_own_order_and_noise(tiny, monkeypatch):
     assert not torch.equal(first_noise, second_noise)
 
 
+def test_the_optimizer_is_torchs_adamw_to_the_bit(tiny):
+    trained = []
+    for optimizer in (vae.training._AdamW, torch.optim.AdamW):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(6, 3)
+        steps = optimizer(model.parameters(), lr=0.01, weight_decay=0.1, fused=True)
+        for _ in range(20):
+            model(torch.from_numpy(tiny.train)).square().sum().backward()
+            steps.step()
+            steps.zero_grad(set_to_none=True)
+        trained.append([*model.parameters(), *(state["exp_avg_sq"] for state in steps.state_dict()["state"].values())])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*trained, strict=True))
+
+
 def test_biases_and_learned_slopes_are_not_decayed(tiny):
     trainer = make(tiny, activation="prelu", weight_decay=0.5, learning_rate=0.1)
     decayed, kept = ([id(p) for p in group["params"]] for group in trainer.optimizer.param_groups)

@@ -5,7 +5,6 @@ validation and test rows are the same bits whether the training rows are binaris
 """
 
 import hashlib
-import importlib.util
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vae.config import DataConfig, InputError, LikelihoodName
-from vae.readers import IDX_SOURCES, find_idx, open_idx, read_source
+from vae.readers import HOW_TO_GET_DIGITS, IDX_SOURCES, find_digits, find_idx, open_idx, read_source
 
 _CHANNELS = ((), (1,), (3,), (4,))
 _IMAGE_ARRAYS = "(rows, height, width) or (rows, height, width, channels)"
@@ -191,9 +190,9 @@ def likelihood_advice(likelihood: str, data: Dataset) -> str | None:
 
 def available_sources(data_dir: str | None = None) -> list[SourceStatus]:
     """The named sources: what is there, and how to get the rest. Reads no more than the files' headers."""
-    shipped = importlib.util.find_spec("sklearn") is not None
+    shipped = find_digits() is not None
     where, what = "ships with scikit-learn" if shipped else None, "1,797 images of 8 x 8"
-    statuses = [SourceStatus("digits", shipped, where, what, "pip install scikit-learn")]
+    statuses = [SourceStatus("digits", shipped, where, what, HOW_TO_GET_DIGITS)]
     for name, how_to_get in IDX_SOURCES.items():
         files, where, what = find_idx(name, data_dir), None, ""
         if files is not None:

@@ -30,6 +30,7 @@ IDX_SOURCES = {  # name -> how to get it
     "they are served at https://ossci-datasets.s3.amazonaws.com/mnist/",
     "fashion-mnist": "apt-get install dataset-fashion-mnist, or name their folder with data.data_dir",
 }
+HOW_TO_GET_DIGITS = "pip install scikit-learn"
 SOURCES = ("digits", *IDX_SOURCES)
 
 _IDX3_UBYTE = 0x00000803  # the magic number: unsigned bytes, three dimensions
@@ -84,13 +85,20 @@ def _reading(label: object) -> Iterator[None]:
         raise InputError(f"{label}: cannot be read ({reason}); fetch or write the file again") from error
 
 
+def find_digits() -> Path | None:
+    """Where scikit-learn is, which is not imported for it."""
+    package = find_spec("sklearn")
+    if package is None or package.origin is None:
+        return None
+    return Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+
+
 def _read_digits() -> np.ndarray:
     """(1797, 8, 8), 0 to 16. From scikit-learn's file of them, whose last column is the label: to import scikit-learn
     takes two seconds."""
-    package = find_spec("sklearn")
-    if package is None or package.origin is None:
-        raise InputError("digits: scikit-learn, which ships them, is not there; pip install scikit-learn")
-    path = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    path = find_digits()
+    if path is None:
+        raise InputError(f"digits: scikit-learn, which ships them, is not there; {HOW_TO_GET_DIGITS}")
     with _reading(path):
         return np.loadtxt(path, delimiter=",", dtype=np.uint8)[:, :-1].reshape(-1, 8, 8)
 

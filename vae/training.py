@@ -57,16 +57,6 @@ class EpochMetrics:
     objective: float  # what trials are chosen by, to be minimised: val_nelbo, where the training is by the bound
 
 
-class _AdamW(torch.optim.AdamW):
-    """Without the guards against torch.compile, for which torch (2.13) imports all of it at the first call: 1.6 s."""
-
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
-    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
-    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
-    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
-    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
-
-
 class Diverged(ArithmeticError):
     """The loss or the gradient stopped being finite; the weights are those before that step, still finite."""
 
@@ -371,6 +361,16 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+
+
+class _AdamW(torch.optim.AdamW):
+    """Without the guards against torch.compile, for which torch (2.13) imports all of it at the first call: 1.6 s."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
 
 
 @functools.lru_cache(maxsize=1)  # one data set after the other; some likelihoods take seconds
