@@ -1,6 +1,7 @@
 """Start a private Ray on this machine, or join a cluster that is there, and leave nothing behind."""
 
 import contextlib
+import ipaddress
 import logging
 import os
 import secrets
@@ -11,30 +12,60 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
+
+from cluster.tokens import find_token
 
 log = logging.getLogger(__name__)
 
 OBJECT_STORE_HEADROOM_BYTES = 128 * 2**20
 HEAD_CHECK_EVERY_S = 3.0
 HEAD_SILENT_S = 40.0  # Ray itself ends the process after 60
+LONGEST_REASON = 300  # characters of what Ray says
+
+# Ray's name for it is older than its use: 0 makes every server of a node bind to loopback alone
+# (ray 2.60, _private/services.py: get_node_ip_address). tests/test_cluster_runtime.py reads the sockets back.
+LOOPBACK_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 PRIVATE_ENVIRONMENT = {
-    # Ray's name for it is older than its use: 0 makes every server of the node bind to loopback alone
-    # (ray 2.60, _private/services.py: get_node_ip_address). tests/test_cluster_runtime.py reads the sockets back.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    **LOOPBACK_ALONE,
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a FutureWarning on zero-GPU trials
 }
 
 
+class ClusterUnreachable(RuntimeError):
+    """No Ray could be joined there. The text says where, why, and what would do."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A living machine of the cluster, with what it offers in all, used or not."""
+
+    node_id: str  # hexadecimal
+    host: str
+    address: str  # IP
+    num_cpus: float
+    num_gpus: float = 0.0
+    memory_bytes: float = 0.0
+    object_store_bytes: float = 0.0
+
+
 @dataclass(frozen=True)
 class Runtime:
-    """A Ray that this process is connected to. Resources are the whole cluster's."""
+    """A Ray that this process is connected to."""
 
     address: str  # "local" for a private one
-    num_cpus: float
-    num_gpus: float
+    nodes: tuple[Node, ...]
+
+    @property
+    def num_cpus(self) -> float:
+        return sum(node.num_cpus for node in self.nodes)
+
+    @property
+    def num_gpus(self) -> float:
+        return sum(node.num_gpus for node in self.nodes)
 
 
 @contextlib.contextmanager
@@ -83,13 +114,11 @@ def ray_runtime(
     memory; anything else joins the cluster there. data_bytes: what the object store must hold.
     """
     if (ray := sys.modules.get("ray")) is not None and ray.is_initialized():
-        yield _describe(ray, ray.get_runtime_context().gcs_address)
+        yield _describe()
     elif address is None:
         with environment({**PRIVATE_ENVIRONMENT, "RAY_AUTH_TOKEN": secrets.token_hex(32)}):
             import ray
-            from ray._private import ray_constants
 
-            ray_constants.ENABLE_RAY_CLUSTER = False  # the variable above, for a process that had imported ray
             _read_authentication_again()
             options = {
                 "num_cpus": num_cpus,
@@ -97,14 +126,84 @@ def ray_runtime(
                 "object_store_memory": OBJECT_STORE_HEADROOM_BYTES + 2 * data_bytes,
             }
             # "local", not None: that would join whatever RAY_ADDRESS names
-            with _connected(ray, address="local", include_dashboard=False, **options):
-                yield _describe(ray, "local")
+            with _on_loopback(), _connected(ray, address="local", include_dashboard=False, **options):
+                yield Runtime("local", living_nodes())
     else:
-        import ray
+        with environment(_authentication()):
+            import ray
 
-        _read_authentication_again()
-        with _connected(ray, address=address):
-            yield _describe(ray, address)
+            _read_authentication_again()
+            with _joined(ray, address):
+                yield _describe()
+
+
+def is_loopback(host: str) -> bool:
+    """True for a name or address that only this machine itself can mean."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _authentication() -> dict[str, str]:
+    """The mode that a token asks for: Ray (2.60) does not look for one when it joins a cluster unless it is told to."""
+    return {"RAY_AUTH_MODE": "token"} if "RAY_AUTH_MODE" not in os.environ and find_token() else {}
+
+
+@contextlib.contextmanager
+def _joined(ray, address: str) -> Iterator[None]:  # type: ignore[no-untyped-def]
+    if "://" in address:
+        raise ClusterUnreachable(
+            f"{address} is not where a cluster is joined, which is HOST:PORT or auto, on a machine of it; "
+            f"from outside there is `vaesearch submit --address http://HOST:8265`"
+        )
+    with contextlib.ExitStack() as stack:
+        try:
+            if _is_on_loopback(address):
+                stack.enter_context(_on_loopback())
+            stack.enter_context(_connected(ray, address=address))
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            raise ClusterUnreachable(_why_not_joined(address, error)) from error
+        yield
+
+
+def _is_on_loopback(address: str) -> bool:
+    """True for a cluster that is on loopback alone, where Ray would take this machine's other address.
+
+    Raises ConnectionError if nobody listens at all: Ray itself tries for minutes.
+    """
+    from ray._private.services import canonicalize_bootstrap_address
+
+    if address == "auto":
+        return False
+    canonical = canonicalize_bootstrap_address(address)
+    if canonical is None or _listens(canonical):
+        return False
+    if canonical == address or not _listens(address):
+        raise ConnectionError("nobody listens there")
+    return True
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Servers of this process, and of those that it starts, bind to loopback alone."""
+    from ray._private import ray_constants
+
+    with environment(LOOPBACK_ALONE), _replaced(ray_constants, ENABLE_RAY_CLUSTER=False):
+        yield
+
+
+def _why_not_joined(address: str, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if "token" in text.lower():
+        mend = "give the cluster's token in RAY_AUTH_TOKEN_PATH (a file) with RAY_AUTH_MODE=token"
+    elif "version" in text.lower():
+        mend = "the versions of Ray and Python must be those of the cluster"
+    else:
+        mend = "is it up, and is this a machine of it? From outside, `vaesearch submit --address http://HOST:8265`"
+    return f"the Ray cluster at {address} cannot be joined: {text[:LONGEST_REASON]}\n{mend}"
 
 
 @contextlib.contextmanager
@@ -170,9 +269,30 @@ def _read_authentication_again() -> None:
     AuthenticationTokenLoader.instance().reset_cache()
 
 
-def _describe(ray, address: str) -> Runtime:  # type: ignore[no-untyped-def]
-    resources = ray.cluster_resources()
-    return Runtime(address, resources.get("CPU", 0.0), resources.get("GPU", 0.0))
+def _describe() -> Runtime:
+    import ray
+
+    return Runtime(ray.get_runtime_context().gcs_address, living_nodes())
+
+
+def living_nodes() -> tuple[Node, ...]:
+    """Those of the Ray that this process is connected to, as they are now."""
+    import ray
+
+    return tuple(_node(node) for node in ray.nodes() if node["Alive"])
+
+
+def _node(node: dict[str, Any]) -> Node:
+    resources = node["Resources"]
+    return Node(
+        node["NodeID"],
+        node["NodeManagerHostname"],
+        node["NodeManagerAddress"],
+        num_cpus=resources.get("CPU", 0.0),
+        num_gpus=resources.get("GPU", 0.0),
+        memory_bytes=resources.get("memory", 0.0),
+        object_store_bytes=resources.get("object_store_memory", 0.0),
+    )
 
 
 @contextlib.contextmanager

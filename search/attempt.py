@@ -5,6 +5,7 @@ Whatever fails here is a result, too: see `what_ended`.
 
 import io
 import math
+import os
 import threading
 import time
 import traceback
@@ -42,7 +43,9 @@ class Ended:
 class Attempt:
     """One configuration in training. `number`: by which the store knows its states."""
 
-    def __init__(self, spec: StudySpec, data: Dataset, store: Any, *, number: int, params: Params, seed: int) -> None:
+    def __init__(
+        self, spec: StudySpec, data: Dataset, store: Any, *, number: int, params: Params, seed: int, gpus: float
+    ) -> None:
         self.number = number
         self.trainer: Trainer | None = None
         self.history: list[dict[str, Any]] = []  # every epoch of the trial, those of earlier attempts too
@@ -52,6 +55,7 @@ class Attempt:
         self.rows_scored = 0  # by whoever has more to do with the model than to train it
         self._spec, self._data, self._store = spec, data, store
         self._params, self._seed = params, seed
+        self._device = "cuda" if gpus and torch.cuda.is_available() else "cpu"
         self._rungs = set(spec.rungs())
 
     @property
@@ -86,7 +90,6 @@ class Attempt:
 
     def _begin(self) -> None:
         """Build the model, or go on from its newest stored state that can be read."""
-        device = "cuda" if self._spec.resources.gpus_per_trial and torch.cuda.is_available() else "cpu"
         damaged: list[str] = []
         while True:
             trainer = make_trainer(
@@ -94,7 +97,7 @@ class Attempt:
                 self._spec.train_config_for(self._params),
                 self._data,
                 seed=self._seed,
-                device=device,
+                device=self._device,
             )
             stored: Stored = ray.get(self._store.newest.remote(self.number))
             damaged += [stored.damaged] if stored.damaged else []
@@ -172,10 +175,18 @@ def what_ended(error: Exception) -> Ended:
     return Ended("oom" if _is_out_of_memory(error) else "error", "\n".join(lines[-TRACEBACK_LINES:]))
 
 
-def set_up_torch(cpus: int) -> None:
-    """For a worker with so many CPUs."""
+def set_up_torch(cpus: int, gpus: float) -> None:
+    """For a worker with so many CPUs and GPUs; of a share of one it takes no more memory than that."""
     torch.set_num_threads(cpus)
     torch.backends.cudnn.allow_tf32 = False  # of convolutions on a GPU: float32 is to mean float32
+    if 0 < gpus < 1 and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(gpus)
+
+
+def visible_gpus(gpus: float) -> list[str]:
+    """The devices that Ray left to this worker, which asked for so many."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "") if gpus else ""
+    return [name for name in visible.split(",") if name]
 
 
 def train_wall_s(history: list[dict[str, Any]]) -> float:

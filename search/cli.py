@@ -4,8 +4,9 @@ import os
 import shlex
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
@@ -13,9 +14,12 @@ from search.interrupts import LEFT_BEHIND, Interrupted, remember_interrupts
 from vae.config import InputError
 
 if TYPE_CHECKING:
+    from cluster.jobs import Jobs
     from search.results import Study
     from search.spec import StudySpec
     from search.storage import Location
+
+T = TypeVar("T")
 
 app = typer.Typer(
     name="vaesearch",
@@ -26,12 +30,41 @@ app = typer.Typer(
 )
 
 DEFAULT_STORAGE = "studies"
+CLUSTERS = "Commands for a Ray cluster"
+
+KEYS = {
+    "name": "name",
+    "storage": "storage.path",
+    "data": "data.source",
+    "data_dir": "data.data_dir",
+    "trials": "budget.trials",
+    "max_epochs": "budget.max_epochs",
+    "seed": "seed",
+    "goal": "goal",
+    "cpus_per_trial": "resources.cpus_per_trial",
+    "gpus_per_trial": "resources.gpus_per_trial",
+    "concurrency": "resources.concurrency",
+}
+"""Flags that stand for a key of the study file."""
 
 Storage = Annotated[str, typer.Option(help="Folder or URL of the studies.", envvar="VAESEARCH_STORAGE")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Name = Annotated[str, typer.Argument(help="Name of the study.")]
 MovedData = Annotated[str | None, typer.Option("--data", help="The data, if they have moved.")]
 MovedDir = Annotated[str | None, typer.Option("--data-dir", help="Folder with the idx files, if it has moved.")]
+StudyFile = Annotated[Path | None, typer.Argument(help="A study file, TOML or YAML; none: the defaults.")]
+NewName = Annotated[str | None, typer.Option("--name", help="Name of the study.  [default: after the data]")]
+Data = Annotated[str | None, typer.Option(help="digits, mnist, fashion-mnist or a file.")]
+DataDir = Annotated[str | None, typer.Option(help="Folder with the idx files of mnist.")]
+DataOnCluster = Annotated[
+    bool, typer.Option("--data-on-cluster", help="The data's paths are the head's; none are sent.")
+]
+Trials = Annotated[int | None, typer.Option(help="Configurations to try.")]
+MaxEpochs = Annotated[int | None, typer.Option(help="Epochs of a trial that is not stopped early.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of split, suggestions and trials.")]
+Goal = Annotated[str | None, typer.Option(help="best-model or compare-activations.")]
+CpusPerTrial = Annotated[int | None, typer.Option(help="Cores of a trial.")]
+GpusPerTrial = Annotated[str | None, typer.Option(help="GPUs of a trial: 0, a share, a number, or auto.")]
 Concurrency = Annotated[str | None, typer.Option(help="Trials at once, or auto.")]
 Assignments = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other key: --set train.beta=0.5")
@@ -41,6 +74,13 @@ Confirm = Annotated[
 ]
 Extend = Annotated[int, typer.Option(help="More trials for a study that is complete.", min=0)]
 Address = Annotated[str | None, typer.Option(help="A Ray cluster to join.", envvar="RAY_ADDRESS")]
+Dashboard = Annotated[
+    str | None, typer.Option("--address", help="The cluster: its dashboard's HTTP address.", envvar="RAY_ADDRESS")
+]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Also over plain HTTP to another machine, where the token can be read.")
+]
+JobId = Annotated[str, typer.Argument(metavar="ID", help="The study's name.")]
 
 
 def _print_version(asked: bool) -> None:
@@ -64,19 +104,19 @@ def _options(
 
 @app.command()
 def run(
-    study_file: Annotated[Path | None, typer.Argument(help="A study file, TOML or YAML; none: the defaults.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the study.  [default: after the data]")] = None,
+    study_file: StudyFile = None,
+    name: NewName = None,
     storage: Annotated[
         str | None, typer.Option(help="Folder or URL of the studies.  [default: studies]", envvar="VAESEARCH_STORAGE")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="digits, mnist, fashion-mnist or a file.")] = None,
-    data_dir: Annotated[str | None, typer.Option(help="Folder with the idx files of mnist.")] = None,
-    trials: Annotated[int | None, typer.Option(help="Configurations to try.")] = None,
-    max_epochs: Annotated[int | None, typer.Option(help="Epochs of a trial that is not stopped early.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of split, suggestions and trials.")] = None,
-    goal: Annotated[str | None, typer.Option(help="best-model or compare-activations.")] = None,
-    cpus_per_trial: Annotated[int | None, typer.Option(help="Cores of a trial.")] = None,
-    gpus_per_trial: Annotated[float | None, typer.Option(help="GPUs of a trial: 0, a share, or a number.")] = None,
+    data: Data = None,
+    data_dir: DataDir = None,
+    trials: Trials = None,
+    max_epochs: MaxEpochs = None,
+    seed: Seed = None,
+    goal: Goal = None,
+    cpus_per_trial: CpusPerTrial = None,
+    gpus_per_trial: GpusPerTrial = None,
     concurrency: Concurrency = None,
     confirm: Confirm = False,
     set_: Assignments = None,
@@ -85,23 +125,7 @@ def run(
     json: Json = False,
 ) -> None:
     """Start a study, or go on with it. Without arguments: the digits, in half a minute."""
-    from search.spec import StudySpec
-
-    flags = {
-        "name": name,
-        "storage.path": storage,
-        "data.source": data,
-        "data.data_dir": data_dir,
-        "budget.trials": trials,
-        "budget.max_epochs": max_epochs,
-        "seed": seed,
-        "goal": goal,
-        "finalists.confirm": confirm or None,
-        "resources.cpus_per_trial": cpus_per_trial,
-        "resources.gpus_per_trial": gpus_per_trial,
-        "resources.concurrency": _concurrency(concurrency),
-    }
-    _run(StudySpec.load(study_file, _overrides(flags, set_)), address, extend, json)
+    _run(_spec(study_file, set_, locals()), address, extend, json)
 
 
 @app.command()
@@ -119,26 +143,26 @@ def resume(
 ) -> None:
     """Go on with a study by its name: what `run` does with the study file in its folder."""
     from search.results import STUDY_FILE, open_study
-    from search.spec import StudySpec
 
-    flags = {
-        "storage.path": storage,  # it may have been moved here
-        "name": study,
-        "data.source": data,
-        "data.data_dir": data_dir,
-        "resources.concurrency": _concurrency(concurrency),
-        "finalists.confirm": confirm or None,
-    }
     opened = open_study(_folder(storage, study))
-    _run(StudySpec.load(opened.path / STUDY_FILE, _overrides(flags, set_)), address, extend, json)
+    flags = locals() | {"name": study}  # and the storage: it may have been moved here
+    _run(_spec(opened.path / STUDY_FILE, set_, flags), address, extend, json)
 
 
 @app.command(name="list")
-def list_(storage: Storage = DEFAULT_STORAGE, json: Json = False) -> None:
-    """The studies of a folder, with their best."""
+def list_(
+    storage: Storage = DEFAULT_STORAGE,
+    address: Annotated[str | None, typer.Option(help="Those of a cluster, by its dashboard's HTTP address.")] = None,
+    insecure: Insecure = False,
+    json: Json = False,
+) -> None:
+    """The studies of a folder, with their best; or with --address those that a cluster knows."""
     from search.leaderboard import as_json, studies_table
     from search.results import readable_studies
 
+    if address is not None:
+        _tell_standings(address, insecure, json)
+        return
     studies = readable_studies(storage)
     if json:
         _print_json([as_json(study) for study in studies])
@@ -301,7 +325,7 @@ def evaluate(
         importance_samples=importance_samples,
         seed=seed,
         rows=rows,
-        say=lambda text: print(f"vaesearch: {text}", file=sys.stderr, flush=True),
+        say=_say,
     )
     if output is not None:
         write_table(evaluation.per_image(), format, output)
@@ -337,17 +361,216 @@ def init() -> None:
     print(commented_study_file(StudySpec()), end="")
 
 
+@app.command(rich_help_panel=CLUSTERS)
+def doctor(
+    study_file: StudyFile = None,
+    address: Annotated[
+        str | None, typer.Option(help="A cluster to join or to submit to; none: this machine.", envvar="RAY_ADDRESS")
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Folder or URL of the studies.  [default: studies]", envvar="VAESEARCH_STORAGE")
+    ] = None,
+    data: Data = None,
+    data_dir: DataDir = None,
+    data_on_cluster: DataOnCluster = False,
+    set_: Assignments = None,
+    insecure: Insecure = False,
+    json: Json = False,
+) -> None:
+    """Is all there that a study needs, here or on a cluster? Each check with what would mend it."""
+    from dataclasses import asdict
+
+    from search.doctor import examine, print_checks
+
+    if address is not None:
+        _say(f"cluster {address}")
+    checks = examine(
+        study_file,
+        address=address,
+        overrides=_overrides(set_, locals()),
+        insecure=insecure,
+        data_on_cluster=data_on_cluster,
+        say=_say,
+    )
+    if json:
+        _print_json([asdict(check) for check in checks])
+    else:
+        print_checks(_console(), checks)
+    if any(check.verdict == "failed" for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=CLUSTERS)
+def submit(
+    study_file: StudyFile = None,
+    name: NewName = None,
+    storage: Annotated[
+        str | None, typer.Option(help="URL, or absolute path on the head.  [default: the cluster's own]")
+    ] = None,
+    data: Data = None,
+    data_dir: DataDir = None,
+    data_on_cluster: DataOnCluster = False,
+    trials: Trials = None,
+    max_epochs: MaxEpochs = None,
+    seed: Seed = None,
+    goal: Goal = None,
+    cpus_per_trial: CpusPerTrial = None,
+    gpus_per_trial: GpusPerTrial = None,
+    concurrency: Concurrency = None,
+    confirm: Confirm = False,
+    set_: Assignments = None,
+    extend: Extend = 0,
+    address: Dashboard = None,
+    insecure: Insecure = False,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not wait until the driver is at work.")] = False,
+    json: Json = False,
+) -> None:
+    """Start a study on a Ray cluster, or go on with it there; files of data up to 99 MiB are sent along."""
+    from search.submit import standing_of, wait_for_start
+    from search.submit import submit as submit_study
+
+    if storage is not None and "://" not in storage and not Path(storage).is_absolute():
+        raise InputError(f"--storage {storage}: give a URL, or an absolute path on the head of the cluster")
+    spec = _spec(study_file, set_, locals())
+    jobs = _jobs(address, insecure)
+    job, is_new = submit_study(jobs, spec, extend=extend, data_on_cluster=data_on_cluster)
+    if not is_new:
+        _say(f"{spec.name}: is there already, {job.state}")
+    elif not no_wait:
+        _say(f"{spec.name}: submitted; its driver starts and makes its checks")
+        status = _undisturbed(lambda: wait_for_start(jobs, job, _tell), jobs.address, job.job_id)
+        if status:
+            raise typer.Exit(status)
+    if json:
+        _print_json(standing_of(jobs, jobs.get(job.job_id) or job).document() | {"address": jobs.address})
+    else:
+        print("\n".join(_next_commands(jobs.address, job.job_id)))
+
+
+@app.command(rich_help_panel=CLUSTERS)
+def status(
+    study: Annotated[
+        str | None, typer.Argument(metavar="ID", help="One study; none: all that the cluster knows.")
+    ] = None,
+    address: Dashboard = None,
+    insecure: Insecure = False,
+    json: Json = False,
+) -> None:
+    """How the studies on a cluster stand."""
+    if study is None:
+        _tell_standings(address, insecure, json)
+        return
+    from search.submit import existing, standing_of
+
+    jobs = _jobs(address, insecure)
+    standing = standing_of(jobs, existing(jobs, study))
+    if json:
+        _print_json(standing.document())
+    else:
+        print("\n".join(standing.lines()))
+    if standing.state == "FAILED":
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=CLUSTERS)
+def logs(
+    study: JobId,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the study ends.")] = False,
+    address: Dashboard = None,
+    insecure: Insecure = False,
+) -> None:
+    """What the driver of a study on a cluster has said. With -f, exit status 1 if it fails."""
+    from search.submit import existing
+
+    jobs = _jobs(address, insecure)
+    existing(jobs, study)
+    if not follow:
+        print(jobs.logs(study), end="")
+        return
+
+    def tell_all() -> None:
+        for line in jobs.follow(study, _say):
+            print(line, flush=True)
+
+    _undisturbed(tell_all, jobs.address, study)
+    ended = existing(jobs, study)
+    _say(f"{study}: {ended.state}" + ("; vaesearch fetch brings its results" if ended.state == "SUCCEEDED" else ""))
+    if ended.state == "FAILED":
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=CLUSTERS)
+def stop(study: JobId, address: Dashboard = None, insecure: Insecure = False, json: Json = False) -> None:
+    """End a study on a cluster, once all that it found is on disk; the same submit goes on with it."""
+    from search.submit import stop as stop_study
+
+    jobs = _jobs(address, insecure)
+    is_flushed = stop_study(jobs, study)
+    if json:
+        _print_json({"id": study, "was_running": is_flushed is not None, "is_flushed": is_flushed})
+    elif is_flushed is None:
+        print(f"{study}: had ended before")
+    elif is_flushed:
+        print(f"{study}: stopped, all that it found is on disk; the same submit goes on")
+    else:
+        print(f"{study}: killed before it had written its last rows; the same submit goes on from those on disk")
+        _say("the cluster gives a job RAY_JOB_STOP_WAIT_TIME_S seconds to end, 3 unless its head was started with more")
+
+
+@app.command(rich_help_panel=CLUSTERS)
+def fetch(
+    study: JobId,
+    to: Annotated[Path, typer.Option(help="The folder of studies to put it in.")] = Path(DEFAULT_STORAGE),
+    address: Dashboard = None,
+    insecure: Insecure = False,
+) -> None:
+    """Copy a study from a cluster to here, also while it runs; an older copy of it is replaced."""
+    from search.fetch import fetch as fetch_study
+
+    print(fetch_study(_jobs(address, insecure), study, to, _say))
+
+
+@app.command(hidden=True)
+def supervise(
+    study_file: Annotated[Path, typer.Argument(help="The study file of a job.")],
+    storage: Annotated[str | None, typer.Option(help="What the study says of it.")] = None,
+    extend: Extend = 0,
+) -> None:
+    """The entry point of a submitted study: `run`, started again where something ends it."""
+    from search.supervisor import supervise as supervise_study
+
+    raise typer.Exit(supervise_study(study_file, storage, extend, _tell))
+
+
+@app.command(hidden=True)
+def pack(
+    study: Name,
+    storage: Annotated[str | None, typer.Option(help="What the study says of it.")] = None,
+    archive: Annotated[str | None, typer.Option(help="What an earlier call has named.")] = None,
+    offset: Annotated[int, typer.Option(help="What of it has been fetched.", min=0)] = 0,
+) -> None:
+    """What `fetch` runs on the head of a cluster."""
+    from search.fetch import pack as pack_study
+    from search.fetch import pack_on
+
+    for line in pack_study(study, storage) if archive is None else [pack_on(archive, offset)]:
+        print(line)
+
+
 def _run(spec: "StudySpec", address: str | None, extend: int, json: bool) -> None:
     from search.leaderboard import as_json, print_study
     from search.progress import Progress
     from search.study import run_study
+    from search.supervisor import SUPERVISED_VARIABLE
 
     with Progress() as progress:
         try:
             study = run_study(spec, address=address, extend=extend, events=[progress], say=progress.say)
         except Interrupted as interrupted:
-            again = shlex.join(["vaesearch", *_without_extend(sys.argv[1:])])
-            progress.say(f"interrupted {progress.where()}; go on with: {again}")
+            again = f"go on with: {shlex.join(['vaesearch', *_without_extend(sys.argv[1:])])}"
+            if SUPERVISED_VARIABLE in os.environ:
+                again = "the same submit goes on"
+            progress.say(f"interrupted {progress.where()}; {again}")
             raise typer.Exit(128 + interrupted.signum) from None
     if study.spec.finalists.confirm:
         _tell_verdict(study, json)
@@ -368,6 +591,51 @@ def _tell_verdict(study: "Study", json: bool) -> None:
     else:
         print_comparison(_console(), comparison)
         print_next(_console(), study, study.summary())
+
+
+def _jobs(address: str | None, insecure: bool) -> "Jobs":
+    """The jobs of a cluster, whose address is told: it may have come from the environment."""
+    from search.submit import connect
+
+    if address is None:
+        raise InputError("which cluster? Give --address http://127.0.0.1:8265, or set RAY_ADDRESS to that")
+    jobs = connect(address, insecure=insecure)
+    _say(f"cluster {jobs.address}")
+    return jobs
+
+
+def _tell_standings(address: str | None, insecure: bool, json: bool) -> None:
+    from search.submit import standing_lines, standings
+
+    found = standings(_jobs(address, insecure))
+    if json:
+        _print_json([standing.document() for standing in found])
+    elif found:
+        print("\n".join(standing_lines(found)))
+    else:
+        print("no study there; `vaesearch submit` starts one")
+
+
+def _undisturbed(wait: Callable[[], T], address: str, study: str) -> T:
+    """What a wait for a job returns; Ctrl-C ends the wait alone, and says so."""
+    try:
+        return wait()
+    except KeyboardInterrupt:
+        _say(f"{study} goes on without us; {_next_commands(address, study)[2].strip()} ends it")
+        raise typer.Exit(130) from None
+
+
+def _next_commands(address: str, study: str) -> list[str]:
+    where = "" if address == os.environ.get("RAY_ADDRESS") else f" --address {shlex.quote(address)}"
+    return [f"  vaesearch {command} {study}{where}" for command in ("status", "logs -f", "stop", "fetch")]
+
+
+def _say(text: str) -> None:
+    _tell(f"vaesearch: {text}")
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -402,13 +670,24 @@ def _folder(storage: str, study: str) -> "Location":
     return location(storage) / study
 
 
-def _overrides(flags: dict[str, Any], assignments: list[str] | None) -> dict[str, object]:
-    """The keys that were given, by their own flags or by --set."""
-    return {key: value for key, value in flags.items() if value is not None} | _assignments(assignments or [])
+def _spec(file: "Location | None", assignments: list[str] | None, flags: dict[str, Any]) -> "StudySpec":
+    from search.spec import StudySpec
+
+    return StudySpec.load(file, _overrides(assignments, flags))
 
 
-def _concurrency(text: str | None) -> int | str | None:
-    return int(text) if text is not None and text.isdigit() else text
+def _overrides(assignments: list[str] | None, flags: dict[str, Any]) -> dict[str, object]:
+    """The keys of a study that were given, by flags or by --set. Flags that stand for no key are passed over."""
+    given = {key: flags[flag] for flag, key in KEYS.items() if flags.get(flag) is not None}
+    if "resources.concurrency" in given:
+        given["resources.concurrency"] = _concurrency(given["resources.concurrency"])
+    if flags.get("confirm"):
+        given["finalists.confirm"] = True
+    return given | _assignments(assignments or [])
+
+
+def _concurrency(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
 
 
 def _assignments(texts: list[str]) -> dict[str, object]:

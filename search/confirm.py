@@ -10,7 +10,7 @@ import os
 import socket
 import time
 from collections import Counter, deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -57,6 +57,7 @@ class Confirmation:
         rows: list[TrialRow],
         finals: list[FinalRow],
         events: Sequence[StudyEvents],
+        gpus: float,
     ) -> None:
         begun = {final.key: final for final in finals}
         missing = missing_runs(spec, rows, finals)
@@ -68,11 +69,9 @@ class Confirmation:
         self._running: dict[Any, FinalRow] = {}  # by the task's reference
         self._stalled: set[str] = set()  # tasks that are being ended because nothing moved
         self._unneeded: list[int] = []  # states in the store
-        self._data = ray.put(data)
+        self._data, self._gpus = ray.put(data), gpus
         task: Any = ray.remote(_train_and_score)  # type: ignore[arg-type]
-        self._task = task.options(
-            num_cpus=spec.resources.cpus_per_trial, num_gpus=spec.resources.gpus_per_trial, max_retries=0
-        )
+        self._task = task.options(num_cpus=spec.resources.cpus_per_trial, num_gpus=gpus, max_retries=0)
         ended = len(finals) - sum(final.state == "RUNNING" for final in finals)
         for listener in events:
             listener.confirmation_started(ended + len(missing), ended)
@@ -81,10 +80,12 @@ class Confirmation:
     def gave_up(self) -> bool:
         return len(self.failures) >= self._spec.budget.max_consecutive_failures
 
-    def run(self, rounds: Rounds, concurrency: int) -> None:
-        """Until all have ended, or too many in a row have failed."""
+    def run(self, rounds: Rounds, slots_for: Callable[[int, int], int]) -> None:
+        """Until all have ended, or too many in a row have failed. slots_for: see `search.sampler.SlotsFor`."""
         while self._running or (self._waiting and not self.gave_up):
-            while self._waiting and len(self._running) < concurrency and not self.gave_up:
+            under_way = len(self._running)
+            slots = slots_for(under_way + len(self._waiting), under_way)
+            while self._waiting and len(self._running) < slots and not self.gave_up:
                 self._start(self._waiting.popleft(), rounds)
             ended, _ = ray.wait(list(self._running), timeout=WAIT_S)
             for task in ended:
@@ -119,7 +120,8 @@ class Confirmation:
         row = dataclasses.replace(row, attempts=row.attempts + 1, started_at=row.started_at or datetime.now(UTC))
         params = self._trials[row.trial].params
         number = _number(row)
-        task = self._task.remote(self._spec, self._data, self._store, number=number, params=params, seed=row.seed)
+        what = {"number": number, "params": params, "seed": row.seed, "gpus": self._gpus}
+        task = self._task.remote(self._spec, self._data, self._store, **what)
         rounds.watchdog.started(task.hex(), number, task)
         for listener in self._events:
             listener.final_started(row)
@@ -174,11 +176,11 @@ def _images(row: FinalRow, nll: np.ndarray, nelbo: np.ndarray) -> pa.Table:
 
 
 def _train_and_score(
-    spec: StudySpec, data: Dataset, store: Any, *, number: int, params: dict[str, Any], seed: int
+    spec: StudySpec, data: Dataset, store: Any, *, number: int, params: dict[str, Any], seed: int, gpus: float
 ) -> _Result:
     """In a worker. What fails in it is told, not raised."""
-    set_up_torch(spec.resources.cpus_per_trial)
-    attempt = Attempt(spec, data, store, number=number, params=params, seed=seed)
+    set_up_torch(spec.resources.cpus_per_trial, gpus)
+    attempt = Attempt(spec, data, store, number=number, params=params, seed=seed, gpus=gpus)
     known: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
     nll = nelbo = np.empty(0)
     with contextlib.closing(Heartbeat(store, spec.budget.stall_timeout_s)) as heartbeat:

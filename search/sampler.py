@@ -28,6 +28,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from ray.exceptions import OutOfMemoryError
 from ray.tune.search import Searcher
 
+from cluster.resources import Packing
 from search.events import StudyEvents
 from search.ledger import Ledger
 from search.results import PENALTY
@@ -42,6 +43,9 @@ CONSTRAINTS = ("collapsed", "diverged", "oom")
 Curve = Mapping[int, float]
 """Epoch -> validation value."""
 
+SlotsFor = Callable[[int, int], int]
+"""Trials that could be under way, trials that are -> how many may be: see `cluster.shares`."""
+
 
 @dataclass
 class _Live:
@@ -50,6 +54,7 @@ class _Live:
     trial: optuna.Trial
     params: Params
     row: TrialRow
+    gpus: float = 0.0  # of its present attempt
     attempt: AttemptRow = field(init=False)
     told: float | None = None  # of its last epoch
     losses: int = 0  # of its workers, in this run
@@ -58,7 +63,7 @@ class _Live:
     @property
     def config(self) -> dict[str, Any]:
         """What the worker gets."""
-        return {"trial": self.row.trial, "seed": self.row.seed, "params": self.params}
+        return {"trial": self.row.trial, "seed": self.row.seed, "params": self.params, "gpus": self.gpus}
 
 
 class StudySearcher(Searcher):
@@ -75,7 +80,10 @@ class StudySearcher(Searcher):
         super().__init__(metric="objective", mode="min")
         self.spec, self.ledger, self.events = spec, ledger, events
         self.arms = [Arm(spec, index, rows, curves) for index in range(spec.num_arms)]
-        self.while_waiting: Callable[[], None] = lambda: None  # called while a suggestion is not on disk yet
+        self.while_waiting: Callable[[], None] = lambda: None  # called while there is nothing to suggest yet
+        self.slots_for: SlotsFor = lambda wanted, under_way: wanted  # how many trials may be under way
+        self.packing: Packing | None = None  # of trials on a GPU, where it was measured
+        self.is_holding_back = False  # what others on the cluster have a right to
         self.failures: list[TrialRow] = []  # in a row, up to now
         known = {row.trial: row for row in rows}
         baselines = (row.no_latent_nelbo for row in rows if row.train_objective == "elbo")
@@ -96,7 +104,17 @@ class StudySearcher(Searcher):
         """True once too many trials have failed in a row."""
         return len(self.failures) >= self.spec.budget.max_consecutive_failures
 
+    @property
+    def gpus(self) -> float:
+        """What a trial that begins now is given."""
+        return self.spec.resources.gpus(self.packing)
+
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        under_way, to_come = len(self._live), 0 if self.gave_up else self._num_to_come
+        self.is_holding_back = under_way >= self.slots_for(under_way + to_come, under_way) and to_come > 0
+        if self.is_holding_back:
+            self.while_waiting()
+            return None
         if self._lost and not self.gave_up:
             live = self._lost.popleft()
             self._begin_attempt(live)
@@ -131,6 +149,10 @@ class StudySearcher(Searcher):
         live = self._live.pop(trial_id)
         if result is not None and "epochs" in result and not error:
             self._take(live, result)
+            if result["status"] == "oom" and self._unpacked(live):
+                self._settle_attempt(live, "oom", f"out of memory with {live.gpus:g} of a GPU; now with {self.gpus:g}")
+                self._lost.append(live)
+                return
             self._settle_attempt(live, "ended", None)
             self._end(live, outcome_of(result))
         elif error:
@@ -142,6 +164,11 @@ class StudySearcher(Searcher):
                 self._end(live, self._loss_for_good(live.attempt))
         else:  # the study was interrupted: the ledger's row stays RUNNING and goes on next time
             self._settle_attempt(live, "interrupted", None)
+
+    def placed(self, trial_id: str) -> None:
+        """A trial has its worker."""
+        live = self._live[trial_id]
+        live.attempt = dataclasses.replace(live.attempt, placed_at=_now())
 
     def stalled(self, trial_id: str) -> None:
         """The worker of a trial is about to be killed, since nothing moved."""
@@ -155,7 +182,8 @@ class StudySearcher(Searcher):
             outcome, reason = "timeout", f"no training step for {self.spec.budget.stall_timeout_s:g} s"
         else:
             outcome, reason = "oom" if _is_out_of_memory(error) else "lost", _one_line(error)
-        self._settle_loss(live, outcome, reason)
+        # a node that the cluster took away on purpose is nobody's fault
+        self._settle_loss(live, outcome, reason, counts=not getattr(error, "preempted", False))
         for listener in self.events:
             listener.worker_lost(live.row, live.attempt)
 
@@ -168,6 +196,11 @@ class StudySearcher(Searcher):
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its searcher now and then, and we never read that back
 
+    @property
+    def _num_to_come(self) -> int:
+        fresh = max(0, self.spec.budget.trials - self._next_number)
+        return len(self._lost) + (self._asked is not None) + len(self._unfinished) + fresh
+
     def _ask(self) -> _Live:
         """The next trial, unfinished ones first, and those whose row was lost."""
         number = min(self._unfinished, default=self._next_number)
@@ -179,10 +212,20 @@ class StudySearcher(Searcher):
         self._begin_attempt(live)
         return live
 
+    def _unpacked(self, live: _Live) -> bool:
+        """True where a trial that ran out of memory gets a larger part of a GPU, as do all that begin from now on."""
+        if self.packing is None or self.packing.trials == 1:
+            return False
+        if live.gpus == self.packing.share:  # else others that ran out of it had the same thought
+            self.packing = self.packing.with_fewer()
+        return True
+
     def _begin_attempt(self, live: _Live) -> None:
-        live.is_stalled = False
+        live.is_stalled, live.gpus = False, self.gpus
         live.row = row = dataclasses.replace(live.row, attempts=live.row.attempts + 1)
-        live.attempt = AttemptRow(study=row.study, trial=row.trial, attempt=row.attempts, started_at=_now())
+        live.attempt = AttemptRow(
+            study=row.study, trial=row.trial, attempt=row.attempts, gpus=live.gpus, started_at=_now()
+        )
         self.ledger.update_attempt(live.attempt)
 
     def _new_row(self, number: int, params: Params) -> TrialRow:
@@ -234,7 +277,9 @@ class StudySearcher(Searcher):
             damaged=result["damaged"],
             epochs=live.row.epochs,
             host=live.row.host,
+            node_id=result["node_id"],
             pid=live.row.pid,
+            gpu_ids=result["gpu_ids"],
         )
         if is_first:
             self.ledger.update_attempt(live.attempt)
@@ -246,8 +291,8 @@ class StudySearcher(Searcher):
         live.attempt = dataclasses.replace(live.attempt, outcome=outcome, reason=reason, ended_at=_now())
         self.ledger.update_attempt(live.attempt)
 
-    def _settle_loss(self, live: _Live, outcome: str, reason: str) -> None:
-        live.losses += 1
+    def _settle_loss(self, live: _Live, outcome: str, reason: str, *, counts: bool = True) -> None:
+        live.losses += counts
         self._settle_attempt(live, outcome, reason)
 
     def _loss_for_good(self, attempt: AttemptRow) -> tuple[str, str, str | None]:

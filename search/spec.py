@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
 from pydantic import model_validator as pydantic_model_validator
@@ -35,6 +35,9 @@ from vae.config import (
     TrainConfig,
     TrainObjective,
 )
+
+if TYPE_CHECKING:
+    from cluster.resources import Packing
 
 Goal = Literal["best-model", "compare-activations"]
 Phase = Literal["search", "screen", "refine"]
@@ -155,6 +158,17 @@ def _parse_concurrency(value: object) -> int | Literal["auto"]:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f'give a whole number from 1, or "auto", not {value!r}')
     return value
+
+
+def _parse_gpus(value: object) -> float | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    number = _number(value, float, "gpus_per_trial")
+    if number < 0:
+        raise ValueError(f"gpus_per_trial must be at least 0, got {number:g}")
+    if number > 1 and number != int(number):
+        raise ValueError("gpus_per_trial beyond 1 must be a whole number")
+    return number
 
 
 def _dump_entry(entry: Entry) -> object:
@@ -346,16 +360,28 @@ class ExportSpec(_Section):
 
 class ResourcesSpec(_Section):
     cpus_per_trial: int = Field(1, ge=1, description="cores, and torch's threads")
-    gpus_per_trial: float = Field(0, ge=0, description="0, a share such as 0.25, or a whole number")
+    gpus_per_trial: Annotated[float | Literal["auto"], PlainValidator(_parse_gpus)] = Field(
+        0.0,
+        description="0, a share such as 0.25, a whole number, or auto: as many as a GPU was measured to hold",
+    )
     concurrency: Annotated[int | Literal["auto"], PlainValidator(_parse_concurrency)] = Field(
         "auto", description="trials at once; auto: as many as fit"
+    )
+    autoscaling: bool = Field(
+        False, description="the cluster grows while trials wait: all of concurrency, a number, are asked for at once"
     )
 
     @pydantic_model_validator(mode="after")
     def _check(self) -> "ResourcesSpec":
-        if self.gpus_per_trial > 1 and self.gpus_per_trial != int(self.gpus_per_trial):
-            raise ValueError("gpus_per_trial beyond 1 must be a whole number")
+        if self.autoscaling and self.concurrency == "auto":
+            raise ValueError("autoscaling = true needs concurrency as a number: how many trials at once to grow for")
         return self
+
+    def gpus(self, packing: "Packing | None") -> float:
+        """What a trial is given of GPUs. packing: what `auto` was measured to be; None: there is no GPU."""
+        if self.gpus_per_trial == "auto":
+            return 0.0 if packing is None else packing.share
+        return self.gpus_per_trial
 
 
 class StorageSpec(_Section):

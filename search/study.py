@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.resources import PlacementError, fitting_trials
+from cluster.resources import Packing, PlacementError, fitting_trials
 from cluster.runtime import Runtime, environment, head_watched, ray_runtime
+from cluster.shares import Shares
 from search.checkpoints import CheckpointStore
 from search.checks import check_batches, check_model, check_space, same_study
 from search.early_stopping import EarlyStopping
@@ -45,7 +46,7 @@ from vae.config import InputError
 from vae.data import Dataset, likelihood_advice, load_data
 
 if TYPE_CHECKING:
-    from search.sampler import Curve, StudySearcher
+    from search.sampler import Curve, SlotsFor, StudySearcher
 
 TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the ledger is the record
@@ -98,16 +99,23 @@ def run_study(
         say("the space leaves nothing to choose: every trial is the same configuration with another seed")
     with interrupts_caught() as interrupts, contextlib.ExitStack() as stack:
         with ray_runtime(address, data_bytes=data.nbytes) as runtime:
-            concurrency = _concurrency(spec, runtime)
+            has_others = address is not None or len(runtime.nodes) > 1  # or may have
+            if has_others:
+                from search.doctor import check_cluster, refuse_if_failed
+
+                refuse_if_failed(check_cluster(spec, data, runtime))
+            packing = _packing(spec, data, runtime, say)
+            concurrency = _concurrency(spec, runtime, packing)
             check_space(spec, data, concurrency)
             stack.enter_context(_held(lease, say))  # from here on files are written
             if stored is None or spec != stored.spec:
                 with _failing_clearly(path):
                     write_study_file(path, spec, _provenance(spec, data, stored))
-            driver = _Driver(spec, data, path, concurrency, lease, interrupts, events, say)
-            driver.search()
-            if spec.finalists.confirm:
-                driver.confirm()
+            with _fair_share(spec.name, concurrency, has_others) as slots_for:
+                driver = _Driver(spec, data, path, concurrency, slots_for, packing, lease, interrupts, events, say)
+                driver.search()
+                if spec.finalists.confirm:
+                    driver.confirm()
         from search.publish import publish_best  # torch: only now, so that trials start sooner
 
         study = Study(path)
@@ -130,18 +138,44 @@ def _is_complete(spec: StudySpec, stored: Study) -> bool:
     return not spec.finalists.confirm or not missing_runs(spec, rows, stored.whole_final_rows())
 
 
-def _concurrency(spec: StudySpec, runtime: Runtime) -> int:
+def _packing(spec: StudySpec, data: Dataset, runtime: Runtime, say: Callable[[str], None]) -> Packing | None:
+    """How many trials share a GPU, where that is to be measured and there is one."""
+    if spec.resources.gpus_per_trial != "auto":
+        return None
+    if not runtime.num_gpus:
+        say("gpus_per_trial = auto: there is no GPU, so trials train on CPUs")
+        return None
+    from search.packing import measured_packing
+
+    return measured_packing(spec, data, runtime, say)
+
+
+def _concurrency(spec: StudySpec, runtime: Runtime, packing: Packing | None) -> int:
     """How many trials run at once. Raises InputError if the cluster cannot hold one."""
     asked = spec.resources
     try:
         return fitting_trials(
             runtime,
             cpus_per_trial=asked.cpus_per_trial,
-            gpus_per_trial=asked.gpus_per_trial,
+            gpus_per_trial=spec.resources.gpus(packing),
             wanted=None if asked.concurrency == "auto" else asked.concurrency,
+            is_growing=asked.autoscaling,
         )
     except PlacementError as error:
         raise InputError(str(error)) from None
+
+
+@contextlib.contextmanager
+def _fair_share(study: str, concurrency: int, has_others: bool) -> Iterator["SlotsFor"]:
+    """How many trials may be under way: on a cluster that others use, too, not always all that fit."""
+    if not has_others:
+        yield lambda wanted, under_way: concurrency
+        return
+    shares = Shares(study, concurrency)
+    try:
+        yield shares.slots_for
+    finally:
+        shares.leave()
 
 
 @dataclass
@@ -152,6 +186,8 @@ class _Driver:
     data: Dataset
     path: Location
     concurrency: int
+    slots_for: "SlotsFor"
+    packing: Packing | None
     lease: Lease
     interrupts: Interrupts
     events: Sequence[StudyEvents]
@@ -186,9 +222,10 @@ class _Driver:
             best.server = server
             watchdog = Watchdog(spec.budget.stall_timeout_s, ray.kill)
             rounds = self._rounds(ledger, server, watchdog, searcher.stalled, best.drop_unneeded)
-            searcher.while_waiting = rounds
+            searcher.while_waiting, searcher.slots_for, searcher.packing = rounds, self.slots_for, self.packing
             _fit(spec, self.data, server, searcher, stopping, concurrency, rounds)
             rounds.finish()
+        self.packing = searcher.packing  # as it turned out
         self._raise_if_failed("trials", searcher.failures, searcher.gave_up)
 
     def confirm(self) -> None:
@@ -200,11 +237,12 @@ class _Driver:
         contents, ledger = self._open_ledger()
         with self._at_work(ledger, FINAL_CHECKPOINTS_FOLDER) as server:
             rows, finals = contents.trials, contents.finals
-            confirmation = Confirmation(self.spec, self.data, ledger, server, rows, finals, self.events)
+            gpus = self.spec.resources.gpus(self.packing)
+            confirmation = Confirmation(self.spec, self.data, ledger, server, rows, finals, self.events, gpus)
             end = functools.partial(ray.cancel, force=True)
             watchdog = Watchdog(self.spec.budget.stall_timeout_s, end, knows_of_queues=False)
             rounds = self._rounds(ledger, server, watchdog, confirmation.stalled, confirmation.drop_unneeded)
-            confirmation.run(rounds, self.concurrency)
+            confirmation.run(rounds, self.slots_for)
             rounds.finish()
         self._raise_if_failed("finalists' runs", confirmation.failures, confirmation.gave_up)
 
@@ -289,6 +327,12 @@ def _fit(
             rounds.watchdog.ended(trial.trial_id)
             searcher.worker_lost(trial.trial_id, trial.get_error())
 
+        def choose_trial_to_run(self, tune_controller: Any) -> Any:
+            if searcher.is_holding_back:
+                # Tune (2.60) keeps one idle worker for the next trial, and with it what others wait for
+                tune_controller._tune_controller._cleanup_cached_actors(force_all=True)
+            return super().choose_trial_to_run(tune_controller)
+
         def __getstate__(self) -> dict[str, Any]:
             return {}
 
@@ -298,6 +342,7 @@ def _fit(
 
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             rounds.watchdog.started(trial.trial_id, trial.config["trial"], trial.temporary_state.ray_actor)
+            searcher.placed(trial.trial_id)
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             rounds.watchdog.ended(trial.trial_id)
@@ -308,7 +353,9 @@ def _fit(
         def __getstate__(self) -> dict[str, Any]:
             return {}
 
-    resources = {"cpu": spec.resources.cpus_per_trial, "gpu": spec.resources.gpus_per_trial}
+    def resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
+        return tune.PlacementGroupFactory([{"CPU": spec.resources.cpus_per_trial, "GPU": config["gpus"]}])
+
     trainable = tune.with_parameters(VaeTrial, spec=spec, data=data, store=server)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it tells of failed trials, which the ledger has
     with environment(TUNE_ENVIRONMENT), tempfile.TemporaryDirectory(prefix="vaesearch-") as scratch:

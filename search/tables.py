@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from search.storage import Location, read_buffer
 from vae.config import InputError
 
-SCHEMA_VERSION = "3"
+SCHEMA_VERSION = "4"
 
 log = logging.getLogger(__name__)
 
@@ -214,8 +214,12 @@ class AttemptRow:
     damaged: str | None = None  # what was wrong with newer stored states
     epochs: int = 0  # the last epoch it reported
     host: str | None = None
+    node_id: str | None = None  # Ray's, hexadecimal
     pid: int | None = None
-    started_at: datetime
+    gpus: float | None = None  # asked for: of each device where it is below 1
+    gpu_ids: list[str] | None = None  # the devices that the worker saw, by their names on its node
+    started_at: datetime  # when it was asked for
+    placed_at: datetime | None = None  # when it had a worker
     ended_at: datetime | None = None  # None also where the driver was killed
 
     @property
@@ -414,8 +418,12 @@ ATTEMPTS = _schema(
         ("damaged", pa.string(), True),
         ("epochs", pa.int32(), False),
         ("host", pa.string(), True),
+        ("node_id", pa.string(), True),
         ("pid", pa.int64(), True),
+        ("gpus", pa.float64(), True),
+        ("gpu_ids", pa.list_(pa.string()), True),
         ("started_at", _TIME, False),
+        ("placed_at", _TIME, True),
         ("ended_at", _TIME, True),
     ],
 )

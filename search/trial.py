@@ -3,9 +3,10 @@
 import math
 from typing import Any
 
+import ray
 from ray import tune
 
-from search.attempt import Attempt, Ended, Heartbeat, set_up_torch, train_wall_s, what_ended
+from search.attempt import Attempt, Ended, Heartbeat, set_up_torch, train_wall_s, visible_gpus, what_ended
 from search.spec import StudySpec
 from vae.data import Dataset
 
@@ -17,7 +18,12 @@ class VaeTrial(tune.Trainable):
         self, config: dict[str, Any], *, spec: StudySpec, data: Dataset, store: Any
     ) -> None:
         self._spec, self._data, self._store = spec, data, store
-        set_up_torch(spec.resources.cpus_per_trial)
+        set_up_torch(spec.resources.cpus_per_trial, config["gpus"])
+        self._place = {
+            "node_id": ray.get_runtime_context().get_node_id(),
+            "gpus": config["gpus"],
+            "gpu_ids": visible_gpus(config["gpus"]),
+        }
         self._heartbeat = Heartbeat(store, spec.budget.stall_timeout_s)
         self.reset_config(config)
 
@@ -33,6 +39,7 @@ class VaeTrial(tune.Trainable):
             number=new_config["trial"],
             params=new_config["params"],
             seed=new_config["seed"],
+            gpus=new_config["gpus"],
         )
         self._epochs_reported = self._probes_reported = 0  # of the attempt's
         return True
@@ -69,6 +76,7 @@ class VaeTrial(tune.Trainable):
             "num_parameters": trainer.model.num_parameters if trainer else None,
             "no_latent_nelbo": trainer.no_latent_nelbo if trainer else None,
             "device": str(trainer.device) if trainer else None,
+            **self._place,
             "train_wall_s": train_wall_s(history),
             "done": final or ended.status != "ok",
         }

@@ -4,22 +4,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.resources import PlacementError, fitting_trials
-from cluster.runtime import Runtime
+from cluster.resources import HEADROOM, Packing, PlacementError, fitting_trials, packing
+from cluster.runtime import Node, Runtime
+
+
+def runtime(*nodes: tuple[float, float], address: str = "local") -> Runtime:
+    """With a node for each pair of CPUs and GPUs."""
+    return Runtime(address, tuple(Node(f"{i}", f"host-{i}", "10.0.0.1", *node) for i, node in enumerate(nodes)))
 
 
 def fits(
     cpus: float, gpus: float, cpus_per_trial: int = 1, gpus_per_trial: float = 0, wanted: int | None = None
 ) -> int:
     return fitting_trials(
-        Runtime("local", cpus, gpus), cpus_per_trial=cpus_per_trial, gpus_per_trial=gpus_per_trial, wanted=wanted
+        runtime((cpus, gpus)), cpus_per_trial=cpus_per_trial, gpus_per_trial=gpus_per_trial, wanted=wanted
     )
 
 
 def refused(address: str, **asked: float) -> str:
     with pytest.raises(PlacementError) as caught:
         fitting_trials(
-            Runtime(address, 4.0, asked.pop("gpus", 0)),
+            runtime((4.0, asked.pop("gpus", 0)), address=address),
             cpus_per_trial=int(asked.get("cpus_per_trial", 1)),
             gpus_per_trial=asked.get("gpus_per_trial", 0),
         )
@@ -98,3 +103,55 @@ def test_more_gpus_than_there_are_are_refused_with_their_number():
     message = refused("local", gpus_per_trial=4, gpus=2)
     assert "4 GPU" in message
     assert "resources.gpus_per_trial = 2" in message
+
+
+def test_a_trial_fits_on_one_node_or_not_at_all():
+    three = runtime((0, 0), (3, 0), (5, 2))
+    assert fitting_trials(three, cpus_per_trial=2, gpus_per_trial=0) == 3
+    assert fitting_trials(three, cpus_per_trial=1, gpus_per_trial=0.5) == 4
+    assert fitting_trials(three, cpus_per_trial=2, gpus_per_trial=1) == 2
+    with pytest.raises(PlacementError, match="6 CPUs and this machine has 5 on one node"):
+        fitting_trials(three, cpus_per_trial=6, gpus_per_trial=0)  # of 8 in all
+    apart = runtime((8, 0), (1, 4))
+    with pytest.raises(PlacementError, match="no node of this machine has both"):
+        fitting_trials(apart, cpus_per_trial=2, gpus_per_trial=1)
+
+
+def test_a_cluster_that_grows_is_asked_for_all_that_is_wanted():
+    assert fitting_trials(runtime((0, 0)), cpus_per_trial=2, gpus_per_trial=1, wanted=30, is_growing=True) == 30
+
+
+@pytest.mark.parametrize(
+    ("peak_gib", "cpus_per_gpu", "cpus_per_trial", "trials"),
+    [
+        (1.0, 64, 1, 16),  # no more than that, whatever the memory
+        (4.0, 64, 1, 16),
+        (10.0, 64, 1, 6),  # 80 / 12
+        (10.0, 4, 1, 4),  # no more than the cores feed
+        (10.0, 4, 2, 2),
+        (10.0, 1, 2, 1),
+        (70.0, 64, 1, 1),  # with head-room it is more than there is
+    ],
+)
+def test_as_many_share_a_gpu_as_memory_and_cores_allow(peak_gib, cpus_per_gpu, cpus_per_trial, trials):
+    found = packing(int(peak_gib * 2**30), 80 * 2**30, cpus_per_gpu, cpus_per_trial)
+    assert found.trials == trials
+    assert trials == 1 or trials * HEADROOM * peak_gib <= 80
+
+
+@given(st.integers(1, 64))
+def test_the_shares_of_a_packing_fit_on_a_device_and_one_more_would_not(trials):
+    share = Packing(trials).share
+    assert trials * round(share * 1e4) <= 1e4 < (trials + 1) * round(share * 1e4)
+    assert fits(1000, 1, gpus_per_trial=share) == trials
+
+
+def test_a_packing_that_was_too_dense_is_halved_down_to_a_whole_gpu():
+    dense = Packing(6)
+    sizes = [dense.trials]
+    while dense.trials > 1:
+        dense = dense.with_fewer()
+        sizes.append(dense.trials)
+    assert sizes == [6, 3, 1]
+    assert dense.with_fewer() == Packing(1)
+    assert dense.share == 1.0

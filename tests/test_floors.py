@@ -15,6 +15,10 @@ import search
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("vae", "cluster", "search")
+LIGHT = (
+    *("spec", "results", "ledger", "sql", "output", "lease", "leaderboard"),
+    *("submit", "fetch", "supervisor"),
+)
 MAY_IMPORT_TUNE = {"search/study.py", "search/sampler.py", "search/trial.py"}
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".yaml", ".yml", ".txt", ".html", ".j2", ".sh", ".cfg", ".json"}
 
@@ -92,7 +96,7 @@ def test_cluster_with_all_its_modules_loads_neither_the_model_nor_the_study():
 
 
 def test_the_light_modules_of_search_load_nothing_heavy():
-    light = [f"search.{name}" for name in ("spec", "results", "ledger", "sql", "output", "lease", "leaderboard")]
+    light = [f"search.{name}" for name in LIGHT]
     assert not loaded_by("search", *light) & {"torch", "ray", "optuna", "sklearn"}
 
 

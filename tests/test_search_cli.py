@@ -23,7 +23,8 @@ from search.spec import StudySpec
 from vae.config import InputError
 
 PROVENANCE = {"created_at": datetime(2026, 3, 1, tzinfo=UTC), "data_fingerprint": "f00"}
-COMMANDS = sorted(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
+ALL = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+COMMANDS = sorted(name for name, command in ALL.items() if not command.hidden)
 README_SQL = "SELECT activation, min(val_nelbo) FROM trials GROUP BY 1 ORDER BY 2"
 
 

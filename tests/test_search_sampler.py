@@ -13,9 +13,11 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 import pytest
 from optuna.trial import FrozenTrial, TrialState
-from ray.exceptions import OutOfMemoryError
+from ray.core.generated.common_pb2 import ActorDiedErrorContext, NodeDeathInfo
+from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.tune.search import Searcher
 
+from cluster.resources import Packing
 from search import ledger as ledger_module
 from search.ledger import Ledger
 from search.results import PENALTY
@@ -135,6 +137,8 @@ def result(
         "train_wall_s": 0.5,
         "done": final or status != "ok",
         "hostname": "here",
+        "node_id": "f0",
+        "gpu_ids": [],
         "pid": 7,
         **more,
     }
@@ -251,6 +255,70 @@ def test_a_worker_lost_for_good_is_a_failure_that_says_what_took_it(desk):
     assert (row.state, row.status) == ("FAIL", "lost")
     assert "The actor died unexpectedly" in row.reason
     assert str(desk.spec.budget.max_retries) in row.reason
+
+
+def test_a_node_that_the_cluster_takes_away_does_not_count_against_its_trials(desk):
+    info = NodeDeathInfo(reason=NodeDeathInfo.AUTOSCALER_DRAIN_PREEMPTED)
+    preempted = ActorDiedError(ActorDiedErrorContext(actor_id=b"0" * 16, node_death_info=info))
+    trial_id, _ = desk.ask()
+    for _ in range(desk.spec.budget.max_retries + 2):
+        trial_id = desk.try_again(trial_id, preempted)
+    desk.end(trial_id, result(curve(1, 6), final=True))
+    assert (desk.row(0).state, desk.row(0).status) == ("COMPLETE", "ok")
+    outcomes = read_table(desk.path, "attempts")["outcome"].to_pylist()
+    assert outcomes == ["lost"] * (desk.spec.budget.max_retries + 2) + ["ended"]
+
+
+def test_out_of_memory_on_a_shared_gpu_means_a_larger_share_for_it_and_all_that_follow(tmp_path):
+    desk = Desk(tmp_path / "s", make_spec(resources={"gpus_per_trial": "auto"}))
+    desk.searcher.packing = Packing(4)
+    (first, config), (second, _) = desk.ask(), desk.ask()
+    assert config["gpus"] == 0.25
+    desk.end(first, result({}, status="oom", reason="CUDA out of memory"))
+    desk.end(second, result({}, status="oom", reason="CUDA out of memory"))  # from the same crowd: halved once
+    again, config = desk.ask()
+    assert (config["trial"], config["gpus"]) == (0, 0.5)
+    other, config = desk.ask()
+    assert (config["trial"], config["gpus"]) == (1, 0.5)
+    desk.end(again, result(curve(1, 6), final=True))
+    desk.end(other, result({}, status="oom"))
+    alone, config = desk.ask()
+    assert (config["trial"], config["gpus"]) == (1, 1.0)
+    desk.end(alone, result({}, status="oom", reason="even so"))  # now it is the model's own
+    assert (desk.row(1).state, desk.row(1).status) == ("PRUNED", "oom")
+    rows = read_table(desk.path, "attempts").sort_by([("trial", "ascending"), ("attempt", "ascending")])
+    assert rows.select(["trial", "gpus", "outcome"]).to_pylist() == [
+        {"trial": 0, "gpus": 0.25, "outcome": "oom"},
+        {"trial": 0, "gpus": 0.5, "outcome": "ended"},
+        {"trial": 1, "gpus": 0.25, "outcome": "oom"},
+        {"trial": 1, "gpus": 0.5, "outcome": "oom"},
+        {"trial": 1, "gpus": 1.0, "outcome": "ended"},
+    ]
+    assert "0.25 of a GPU; now with 0.5" in rows["reason"][0].as_py()
+    assert desk.told(0).state == TrialState.COMPLETE
+    assert desk.row(0).attempts == 2
+
+
+def test_a_study_starts_no_more_than_its_share_and_goes_on_when_there_is_room(desk):
+    share, asked = 2, []
+
+    def slots_for(wanted: int, under_way: int) -> int:
+        asked.append((wanted, under_way))
+        return share
+
+    desk.searcher.slots_for = slots_for
+    one, two = desk.ask(), desk.ask()
+    assert desk.searcher.suggest("more") is None
+    assert desk.searcher.is_holding_back
+    assert asked[-1] == (desk.spec.budget.trials, 2)
+    desk.end(one[0], result(curve(1, 6), final=True))
+    assert desk.ask()[1]["trial"] == 2
+    share = 0  # somebody else's turn
+    desk.end(two[0], result(curve(1, 6), final=True))
+    assert desk.searcher.suggest("more") is None
+    share = 9
+    assert desk.ask()[1]["trial"] == 3
+    assert not desk.searcher.is_holding_back
 
 
 def test_an_interrupted_trial_stays_running_in_the_ledger(desk):
@@ -404,6 +472,7 @@ def test_a_suggestion_waits_for_the_disk_and_is_the_same_when_it_comes(tmp_path,
     for table in ("trials", "epochs", "attempts"):
         (tmp_path / "s" / table).mkdir(parents=True)
     assert desk.ledger.writer.wait(timeout_s=10)
+    monkeypatch.undo()
     _, config = desk.ask()
     assert config == other.ask()[1]
     assert [row.trial for row in read_trials(desk.path)] == [0]
