@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 from urllib.parse import quote, urlsplit
 
-from cluster.runtime import ClusterUnreachable, is_loopback
+from cluster.head import ClusterUnreachable, is_loopback
 from cluster.tokens import PATH_VARIABLE, find_token
 
 UPLOAD_LIMIT_BYTES = 100 * 2**20  # what the dashboard takes at once (ray 2.60, DASHBOARD_CLIENT_MAX_SIZE)

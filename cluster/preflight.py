@@ -11,18 +11,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from cluster.head import is_loopback
 from cluster.resources import PlacementError, fitting_trials, trials_on
-from cluster.runtime import ClusterUnreachable, Node, Runtime, is_loopback
+from cluster.runtime import Node, Runtime
 from cluster.tokens import MODE_VARIABLE, PATH_VARIABLE, TokenUnreadable, find_token, not_private
 
 PATIENCE_S = 20.0  # for the slowest node; a new worker takes 1 to 5
 TORCH_PATIENCE_S = 15.0  # of these, for a first import of torch
-CONNECT_TIMEOUT_S = 5.0
 CLOCK_WARNING_S = 2.0
 CLOCK_FAILED_S = 30.0  # half of what a driver's lease may be old
 STORE_SHARE = 0.8  # of an object store, for the data; models on their way take their part too
-NO_HEAD = "start one with `ray start --head`, or give the address that it printed"
-NO_TOKEN = f"set {PATH_VARIABLE} to a file that holds the token of this cluster"
 WORDS_LISTED = 4  # nodes that are named in one line
 
 Verdict = Literal["ok", "warning", "failed"]
@@ -108,56 +106,6 @@ def check_nodes(
         *check_memory(holders, answers, data_bytes),
         *check_clocks(runtime, answers),
     ]
-
-
-def require_head(address: str) -> None:
-    """Raises ClusterUnreachable where no Ray answers or our token is refused; in seconds. To find out as it joins
-    takes Ray (2.60) half a minute, or many, and it tells of neither."""
-    from ray._private import services
-
-    try:
-        canonical = services.canonicalize_bootstrap_address(address) or address
-    except (ConnectionError, ValueError) as error:
-        raise ClusterUnreachable(f"no Ray cluster at {address}: {error}\n{NO_HEAD}") from None
-    reason = _refusal(canonical)
-    if reason is not None and canonical != address and ":" in address:  # a head on loopback alone
-        reason = _refusal(address)
-    if reason is not None:
-        where = address if ":" in address else f"{address} ({canonical})"
-        raise ClusterUnreachable(f"the Ray cluster at {where} {reason}")
-
-
-def _refusal(address: str) -> str | None:
-    """Why the head there does not let us in, and what would do; None where it does."""
-    import grpc
-    from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest  # type: ignore[attr-defined]
-    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
-
-    token = find_token()
-    metadata = None if token is None else (("authorization", f"Bearer {token.value}"),)
-    with _channel(address) as channel:
-        try:
-            head = NodeInfoGcsServiceStub(channel)
-            head.GetClusterId(GetClusterIdRequest(), timeout=CONNECT_TIMEOUT_S, metadata=metadata)
-        except grpc.RpcError as error:
-            if error.code() != grpc.StatusCode.UNAUTHENTICATED:
-                return f"does not answer: {error.details()}\n{NO_HEAD}"
-            if token is None:
-                return f"asks for a token and there is none here\n{NO_TOKEN}"
-            return f"refuses the token of {token.origin}\n{NO_TOKEN}"
-    return None
-
-
-def _channel(address: str) -> Any:
-    """As Ray makes one: without a proxy, and with its certificates where it has some."""
-    import grpc
-    from ray._common.tls_utils import load_certs_from_env
-
-    options = [("grpc.enable_http_proxy", 0)]
-    if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
-        return grpc.insecure_channel(address, options)
-    certificates, key, authority = load_certs_from_env()
-    return grpc.secure_channel(address, grpc.ssl_channel_credentials(authority, key, certificates), options)
 
 
 # ---- asking

@@ -1,26 +1,22 @@
 """Start a private Ray on this machine, or join a cluster that is there, and leave nothing behind."""
 
 import contextlib
-import ipaddress
 import logging
 import os
 import secrets
 import signal
-import socket
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.head import ClusterUnreachable, find_head, is_loopback
 from cluster.tokens import find_token
 
 log = logging.getLogger(__name__)
 
 OBJECT_STORE_HEADROOM_BYTES = 128 * 2**20
-HEAD_CHECK_EVERY_S = 3.0
-HEAD_SILENT_S = 40.0  # Ray itself ends the process after 60
 LONGEST_REASON = 300  # characters of what Ray says
 
 # Ray's name for it is older than its use: 0 makes every server of a node bind to loopback alone
@@ -33,10 +29,6 @@ PRIVATE_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a FutureWarning on zero-GPU trials
 }
-
-
-class ClusterUnreachable(RuntimeError):
-    """No Ray could be joined there. The text says where, why, and what would do."""
 
 
 @dataclass(frozen=True)
@@ -66,42 +58,6 @@ class Runtime:
     @property
     def num_gpus(self) -> float:
         return sum(node.num_gpus for node in self.nodes)
-
-
-@contextlib.contextmanager
-def head_watched(on_lost: Callable[[str], None]) -> Iterator[None]:
-    """In this block, `on_lost` is called from a thread when nobody has listened for long where our Ray's head was.
-
-    Ray's calls (2.60) then wait without hearing a signal, and after a minute it ends the process from below Python.
-    """
-    import ray
-
-    address = ray.get_runtime_context().gcs_address
-    over = threading.Event()
-
-    def watch() -> None:
-        heard = time.monotonic()
-        while not over.wait(HEAD_CHECK_EVERY_S):
-            if _listens(address):
-                heard = time.monotonic()
-            elif time.monotonic() - heard >= HEAD_SILENT_S:
-                on_lost(f"the Ray cluster at {address} is gone; with another one, the same command goes on")
-                return
-
-    threading.Thread(target=watch, name="vaesearch-head", daemon=True).start()
-    try:
-        yield
-    finally:
-        over.set()
-
-
-def _listens(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), HEAD_CHECK_EVERY_S).close()
-    except OSError:
-        return False
-    return True
 
 
 @contextlib.contextmanager
@@ -137,16 +93,6 @@ def ray_runtime(
                 yield _describe()
 
 
-def is_loopback(host: str) -> bool:
-    """True for a name or address that only this machine itself can mean."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def _authentication() -> dict[str, str]:
     """The mode that a token asks for: Ray (2.60) does not look for one when it joins a cluster unless it is told to."""
     return {"RAY_AUTH_MODE": "token"} if "RAY_AUTH_MODE" not in os.environ and find_token() else {}
@@ -154,36 +100,20 @@ def _authentication() -> dict[str, str]:
 
 @contextlib.contextmanager
 def _joined(ray, address: str) -> Iterator[None]:  # type: ignore[no-untyped-def]
-    if "://" in address:
-        raise ClusterUnreachable(
-            f"{address} is not where a cluster is joined, which is HOST:PORT or auto, on a machine of it; "
-            f"from outside there is `vaesearch submit --address http://HOST:8265`"
-        )
+    found = find_head(address)
     with contextlib.ExitStack() as stack:
         try:
-            if _is_on_loopback(address):
-                stack.enter_context(_on_loopback())
-            stack.enter_context(_connected(ray, address=address))
+            if is_loopback(found.rpartition(":")[0]):
+                stack.enter_context(_on_loopback())  # else Ray would look for it at this machine's other address
+            stack.enter_context(_connected(ray, address=found))
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            raise ClusterUnreachable(_why_not_joined(address, error)) from error
+            reason = " ".join(str(error).split())[:LONGEST_REASON]
+            raise ClusterUnreachable(
+                f"the Ray cluster at {address} cannot be joined: {reason}\n"
+                f"this must be a machine of the cluster, with the same versions of Ray and Python; "
+                f"from outside there is `vaesearch submit --address http://HOST:8265`"
+            ) from error
         yield
-
-
-def _is_on_loopback(address: str) -> bool:
-    """True for a cluster that is on loopback alone, where Ray would take this machine's other address.
-
-    Raises ConnectionError if nobody listens at all: Ray itself tries for minutes.
-    """
-    from ray._private.services import canonicalize_bootstrap_address
-
-    if address == "auto":
-        return False
-    canonical = canonicalize_bootstrap_address(address)
-    if canonical is None or _listens(canonical):
-        return False
-    if canonical == address or not _listens(address):
-        raise ConnectionError("nobody listens there")
-    return True
 
 
 @contextlib.contextmanager
@@ -193,17 +123,6 @@ def _on_loopback() -> Iterator[None]:
 
     with environment(LOOPBACK_ALONE), _replaced(ray_constants, ENABLE_RAY_CLUSTER=False):
         yield
-
-
-def _why_not_joined(address: str, error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if "token" in text.lower():
-        mend = "give the cluster's token in RAY_AUTH_TOKEN_PATH (a file) with RAY_AUTH_MODE=token"
-    elif "version" in text.lower():
-        mend = "the versions of Ray and Python must be those of the cluster"
-    else:
-        mend = "is it up, and is this a machine of it? From outside, `vaesearch submit --address http://HOST:8265`"
-    return f"the Ray cluster at {address} cannot be joined: {text[:LONGEST_REASON]}\n{mend}"
 
 
 @contextlib.contextmanager

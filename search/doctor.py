@@ -14,9 +14,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.head import ClusterUnreachable, find_head
 from cluster.jobs import AccessDenied, AddressRefused, JobFailed, Jobs, UploadTooLarge, VersionMismatch
-from cluster.preflight import Asked, Check, check_nodes, check_token_file, require_head
-from cluster.runtime import ClusterUnreachable, Runtime, ray_runtime
+from cluster.preflight import Asked, Check, check_nodes, check_token_file
+from cluster.runtime import Runtime, ray_runtime
 from search.checks import check_batches, check_model
 from search.results import STUDY_FILE
 from search.spec import StudySpec
@@ -70,8 +71,8 @@ def examine(
     checks.append(_check_storage(spec))
     with contextlib.ExitStack() as stack:
         try:
-            if address is not None and "://" not in address:
-                require_head(address)
+            if address is not None:
+                find_head(address)  # also where this process is connected to another
             runtime = stack.enter_context(ray_runtime(address, data_bytes=0 if data is None else data.nbytes))
         except Exception as error:  # of many kinds, where Ray does not start
             return [*checks, *_no_ray(error)]

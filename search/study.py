@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cluster.head import head_watched
 from cluster.resources import Packing, PlacementError, fitting_trials
-from cluster.runtime import Runtime, environment, head_watched, ray_runtime
+from cluster.runtime import Runtime, environment, ray_runtime
 from cluster.shares import Shares
 from search.checkpoints import CheckpointStore
 from search.checks import check_batches, check_model, check_space, same_study
@@ -103,7 +104,11 @@ def run_study(
             if has_others:
                 from search.doctor import check_cluster, refuse_if_failed
 
-                refuse_if_failed(check_cluster(spec, data, runtime))
+                checks = check_cluster(spec, data, runtime)
+                refuse_if_failed(checks)
+                for check in checks:
+                    if check.verdict == "warning":
+                        say(f"warning: {check.what}; {check.mend}")
             packing = _packing(spec, data, runtime, say)
             concurrency = _concurrency(spec, runtime, packing)
             check_space(spec, data, concurrency)

@@ -11,8 +11,8 @@ import pytest
 from clusters import free_ports
 
 import cluster.jobs
+from cluster.head import ClusterUnreachable
 from cluster.jobs import AccessDenied, AddressRefused, Job, Jobs, UploadTooLarge, VersionMismatch, own_output
-from cluster.runtime import ClusterUnreachable
 
 SECRET = "0123456789abcdef"
 HTML = ("text/html", b"<p>hello</p>")

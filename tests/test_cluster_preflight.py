@@ -32,9 +32,8 @@ from cluster.preflight import (
     check_placement,
     check_token,
     check_versions,
-    require_head,
 )
-from cluster.runtime import ClusterUnreachable, Node, Runtime
+from cluster.runtime import Node, Runtime
 
 GIB = 2**30
 OURS = importlib.metadata.version("vaesearch")
@@ -399,30 +398,6 @@ def test_a_node_whose_cores_are_all_taken_answers(ray_here):
     finally:
         for actor in busy:
             ray.kill(actor)
-
-
-# ---- the head
-
-
-def test_a_head_that_lets_us_in_is_told_from_one_that_refuses_our_token(ray_here, monkeypatch):
-    import ray
-
-    address = ray.get_runtime_context().gcs_address
-    require_head(address)
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
-    with pytest.raises(ClusterUnreachable, match=r"refuses the token of RAY_AUTH_TOKEN\nset RAY_AUTH_TOKEN_PATH"):
-        require_head(address)
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    with pytest.raises(ClusterUnreachable, match="asks for a token and there is none here"):
-        require_head(address)
-
-
-def test_where_no_head_is_that_is_known_at_once(monkeypatch):
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    started = time.monotonic()
-    with pytest.raises(ClusterUnreachable, match=r"127\.0\.0\.1:1.* does not answer: .*\n.*ray start --head"):
-        require_head("127.0.0.1:1")
-    assert time.monotonic() - started < 20
 
 
 # ---- several nodes

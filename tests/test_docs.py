@@ -13,6 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
+from clusters import ray_head
 
 from search.comparison import compare
 from search.ledger import Ledger
@@ -22,7 +23,7 @@ from search.sql import STUDIES, query
 from search.tables import SCHEMAS, AttemptRow, DiagnosticsRow, EpochRow, LayerRow, TrialRow
 
 ROOT = Path(__file__).parent.parent
-README, RESULTS = ROOT / "README.md", ROOT / "docs" / "results.md"
+README, RESULTS, CLUSTERS = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "clusters.md"
 MNIST = ROOT.parent / "shared" / "data" / "mnist"
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
@@ -126,6 +127,22 @@ def first_images_of(folder: Path, count: int, to: Path) -> None:
         start = 4 + 4 * len(sizes)
         body = content[start : start + kept * math.prod(sizes[1:])]
         (to / file.name).write_bytes(gzip.compress(head + body))
+
+
+@pytest.mark.system
+@pytest.mark.timeout(300)
+def test_every_command_for_a_cluster_runs_as_printed(tmp_path):
+    with ray_head() as head:
+        environment = head.environment() | {"RAY_ADDRESS": head.url}
+        for line in "".join(blocks(CLUSTERS, "sh")).splitlines():
+            subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environment, check=True, timeout=120)
+            if line.endswith("> study.toml"):  # a smaller one
+                text = (tmp_path / "study.toml").read_text()
+                for key, value in (("trials", 4), ("max_epochs", 6)):
+                    text, count = re.subn(rf"^{key} = \d+", f"{key} = {value}", text, flags=re.MULTILINE)
+                    assert count == 1
+                (tmp_path / "study.toml").write_text(text)
+    assert len(Study(tmp_path / "studies" / "digits").rows()) == 4
 
 
 @pytest.mark.system

@@ -1,0 +1,128 @@
+"""The head of a Ray cluster: is it there, does it let us in, is it still there. Asked without joining."""
+
+import contextlib
+import ipaddress
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from cluster.tokens import PATH_VARIABLE, find_token
+
+CONNECT_TIMEOUT_S = 5.0
+HEAD_CHECK_EVERY_S = 3.0
+HEAD_SILENT_S = 40.0  # Ray itself ends the process after 60
+NO_HEAD = "start one with `ray start --head`, or give the address that it printed"
+NO_TOKEN = f"set {PATH_VARIABLE} to a file that holds the token of this cluster"
+
+
+class ClusterUnreachable(RuntimeError):
+    """No Ray could be joined there. The text says where, why, and what would do."""
+
+
+def is_loopback(host: str) -> bool:
+    """True for a name or address that only this machine itself can mean."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def find_head(address: str) -> str:
+    """The HOST:PORT at which a head answers and lets us in. address: HOST:PORT, or auto for the one of this machine.
+
+    Raises ClusterUnreachable, in seconds. To find out as it joins takes Ray (2.60) half a minute, or many, and it
+    tells of neither.
+    """
+    if "://" in address:
+        raise ClusterUnreachable(
+            f"{address} is not where a cluster is joined, which is HOST:PORT or auto, on a machine of it\n"
+            f"from outside there is `vaesearch submit --address http://HOST:8265`"
+        )
+    from ray._private import services
+
+    try:
+        named = services.get_ray_address_from_environment(address, None) if address == "auto" else address
+        canonical = services.canonicalize_bootstrap_address(named)
+    except (ConnectionError, ValueError) as error:
+        raise ClusterUnreachable(f"no Ray cluster at {address}: {error}\n{NO_HEAD}") from None
+    assert canonical is not None
+    reason = None
+    for where in dict.fromkeys((canonical, named)):  # they differ where a head is on loopback alone
+        reason = _refusal(where)
+        if reason is None:
+            return where
+    raise ClusterUnreachable(f"the Ray cluster at {address if address == named else f'{address} ({named})'} {reason}")
+
+
+@contextlib.contextmanager
+def head_watched(on_lost: Callable[[str], None]) -> Iterator[None]:
+    """In this block, `on_lost` is called from a thread when nobody has listened for long where our Ray's head was.
+
+    Ray's calls (2.60) then wait without hearing a signal, and after a minute it ends the process from below Python.
+    """
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    over = threading.Event()
+
+    def watch() -> None:
+        heard = time.monotonic()
+        while not over.wait(HEAD_CHECK_EVERY_S):
+            if _listens(address):
+                heard = time.monotonic()
+            elif time.monotonic() - heard >= HEAD_SILENT_S:
+                on_lost(f"the Ray cluster at {address} is gone; with another one, the same command goes on")
+                return
+
+    threading.Thread(target=watch, name="vaesearch-head", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), HEAD_CHECK_EVERY_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def _refusal(address: str) -> str | None:
+    """Why the head there does not let us in, and what would do; None where it does."""
+    import grpc
+    from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest  # type: ignore[attr-defined]
+    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+
+    token = find_token()
+    metadata = None if token is None else (("authorization", f"Bearer {token.value}"),)
+    with _channel(address) as channel:
+        try:
+            head = NodeInfoGcsServiceStub(channel)
+            head.GetClusterId(GetClusterIdRequest(), timeout=CONNECT_TIMEOUT_S, metadata=metadata)
+        except grpc.RpcError as error:
+            if error.code() != grpc.StatusCode.UNAUTHENTICATED:
+                return f"does not answer: {error.details()}\n{NO_HEAD}"
+            if token is None:
+                return f"asks for a token and there is none here\n{NO_TOKEN}"
+            return f"refuses the token of {token.origin}\n{NO_TOKEN}"
+    return None
+
+
+def _channel(address: str) -> Any:
+    """As Ray makes one: without a proxy, and with its certificates where it has some."""
+    import grpc
+    from ray._common.tls_utils import load_certs_from_env
+
+    options = [("grpc.enable_http_proxy", 0)]
+    if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+        return grpc.insecure_channel(address, options)
+    certificates, key, authority = load_certs_from_env()
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(authority, key, certificates), options)

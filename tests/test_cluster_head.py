@@ -1,0 +1,49 @@
+"""A head that is there and lets us in is told from all others in seconds, with what would do."""
+
+import time
+
+import pytest
+
+from cluster.head import ClusterUnreachable, find_head, is_loopback
+
+
+def test_a_head_that_lets_us_in_is_told_from_one_that_refuses_our_token(ray_here, monkeypatch):
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    assert find_head(address) == address
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    with pytest.raises(ClusterUnreachable, match=r"refuses the token of RAY_AUTH_TOKEN\nset RAY_AUTH_TOKEN_PATH"):
+        find_head(address)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with pytest.raises(ClusterUnreachable, match="asks for a token and there is none here"):
+        find_head(address)
+
+
+def test_where_no_head_is_that_is_known_at_once(monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    started = time.monotonic()
+    with pytest.raises(ClusterUnreachable, match=r"127\.0\.0\.1:1.* does not answer: .*\n.*ray start --head"):
+        find_head("127.0.0.1:1")
+    assert time.monotonic() - started < 20
+
+
+def test_an_address_of_another_kind_is_refused_with_the_command_that_takes_it():
+    for address in ("http://127.0.0.1:8265", "ray://127.0.0.1:10001"):
+        with pytest.raises(ClusterUnreachable, match=r"HOST:PORT or auto.*\n.*vaesearch submit --address http"):
+            find_head(address)
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("localhost", True),
+        ("127.0.0.1", True),
+        ("127.9.9.9", True),
+        ("::1", True),
+        ("10.0.0.1", False),
+        ("head", False),
+    ],
+)
+def test_only_this_machine_itself_is_loopback(host, expected):
+    assert is_loopback(host) is expected
