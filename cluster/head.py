@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from cluster.tokens import PATH_VARIABLE, find_token
+from cluster.tokens import PATH_VARIABLE, Token, find_token
 
 CONNECT_TIMEOUT_S = 5.0
 HEAD_CHECK_EVERY_S = 3.0
 HEAD_SILENT_S = 40.0  # Ray itself ends the process after 60
 NO_HEAD = "start one with `ray start --head`, or give the address that it printed"
+GIVEN_UP = "the Ray cluster has given this machine up, which was silent; join it again, and the same command goes on"
 NO_TOKEN = f"set {PATH_VARIABLE} to a file that holds the token of this cluster"
 
 
@@ -61,13 +62,15 @@ def find_head(address: str) -> str:
 
 @contextlib.contextmanager
 def head_watched(on_lost: Callable[[str], None]) -> Iterator[None]:
-    """In this block, `on_lost` is called from a thread when nobody has listened for long where our Ray's head was.
+    """In this block, `on_lost` is called from a thread when nobody has listened for long where our Ray's head was, or
+    that head counts this machine among the dead.
 
     Ray's calls (2.60) then wait without hearing a signal, and after a minute it ends the process from below Python.
     """
     import ray
 
-    address = ray.get_runtime_context().gcs_address
+    context = ray.get_runtime_context()
+    address, node_id = context.gcs_address, context.get_node_id()
     over = threading.Event()
 
     def watch() -> None:
@@ -75,6 +78,9 @@ def head_watched(on_lost: Callable[[str], None]) -> Iterator[None]:
         while not over.wait(HEAD_CHECK_EVERY_S):
             if _listens(address):
                 heard = time.monotonic()
+                if _is_given_up(address, node_id):
+                    on_lost(GIVEN_UP)
+                    return
             elif time.monotonic() - heard >= HEAD_SILENT_S:
                 on_lost(f"the Ray cluster at {address} is gone; with another one, the same command goes on")
                 return
@@ -95,6 +101,23 @@ def _listens(address: str) -> bool:
     return True
 
 
+def _is_given_up(address: str, node_id: str) -> bool:
+    """True where the head there says that the node is dead. False may mean that it has not answered."""
+    import grpc
+    from ray.core.generated.gcs_service_pb2 import CheckAliveRequest  # type: ignore[attr-defined]
+    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+
+    request = CheckAliveRequest(node_ids=[bytes.fromhex(node_id)])
+    with _channel(address) as channel:
+        try:
+            reply = NodeInfoGcsServiceStub(channel).CheckAlive(
+                request, timeout=HEAD_CHECK_EVERY_S, metadata=_credentials(find_token())
+            )
+        except grpc.RpcError:
+            return False
+    return list(reply.raylet_alive) == [False]
+
+
 def _refusal(address: str) -> str | None:
     """Why the head there does not let us in, and what would do; None where it does."""
     import grpc
@@ -102,11 +125,10 @@ def _refusal(address: str) -> str | None:
     from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
     token = find_token()
-    metadata = None if token is None else (("authorization", f"Bearer {token.value}"),)
     with _channel(address) as channel:
         try:
             head = NodeInfoGcsServiceStub(channel)
-            head.GetClusterId(GetClusterIdRequest(), timeout=CONNECT_TIMEOUT_S, metadata=metadata)
+            head.GetClusterId(GetClusterIdRequest(), timeout=CONNECT_TIMEOUT_S, metadata=_credentials(token))
         except grpc.RpcError as error:
             if error.code() != grpc.StatusCode.UNAUTHENTICATED:
                 return f"does not answer: {error.details()}\n{NO_HEAD}"
@@ -114,6 +136,10 @@ def _refusal(address: str) -> str | None:
                 return f"asks for a token and there is none here\n{NO_TOKEN}"
             return f"refuses the token of {token.origin}\n{NO_TOKEN}"
     return None
+
+
+def _credentials(token: Token | None) -> tuple[tuple[str, str], ...]:
+    return () if token is None else (("authorization", f"Bearer {token.value}"),)
 
 
 def _channel(address: str) -> Any:

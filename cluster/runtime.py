@@ -23,6 +23,13 @@ LONGEST_REASON = 300  # characters of what Ray says
 # (ray 2.60, _private/services.py: get_node_ip_address). tests/test_cluster_runtime.py reads the sockets back.
 LOOPBACK_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
+KEEPALIVE = {
+    # Of a host that fell silent for a while, Ray (2.60) may close a connection at its end alone, and whoever waits for
+    # an answer at ours waits for seven minutes. With these, which are Ray's own names, it is seconds.
+    "RAY_grpc_client_keepalive_time_ms": "5000",
+    "RAY_grpc_client_keepalive_timeout_ms": "10000",
+}
+
 PRIVATE_ENVIRONMENT = {
     **LOOPBACK_ALONE,
     "RAY_AUTH_MODE": "token",
@@ -85,7 +92,7 @@ def ray_runtime(
             with _on_loopback(), _connected(ray, address="local", include_dashboard=False, **options):
                 yield Runtime("local", living_nodes())
     else:
-        with environment(_authentication()):
+        with environment(KEEPALIVE | _authentication()):
             import ray
 
             _read_authentication_again()

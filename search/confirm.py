@@ -1,6 +1,6 @@
 """The finalists' runs: each trained to its end from a fresh seed, scored on the test split, written to the ledger.
 
-Plain Ray tasks, since nothing is suggested and nothing stopped here. A run that was lost goes on from its last stored
+Without Tune, since nothing is suggested and nothing stopped here. A run that was lost goes on from its last stored
 rung, as trials do.
 """
 
@@ -19,13 +19,13 @@ import numpy as np
 import pyarrow as pa
 import ray
 import torch
-from ray.exceptions import OutOfMemoryError, RayError
+from ray.exceptions import RayError
 
 from search.attempt import Attempt, Ended, Heartbeat, set_up_torch, train_wall_s, what_ended
 from search.events import StudyEvents
 from search.finalists import final_seed, missing_runs
 from search.ledger import Ledger
-from search.rounds import Rounds
+from search.rounds import Rounds, is_out_of_memory
 from search.spec import StudySpec
 from search.tables import SCHEMAS, FinalRow, TrialRow
 from vae.data import Dataset
@@ -66,12 +66,14 @@ class Confirmation:
         self._trials = {row.trial: row for row, _ in missing}
         self._waiting = deque(self._anew(begun.get((row.trial, run)), row, run) for row, run in missing)
         self._losses: Counter[Hashable] = Counter()  # of each run, under this driver
-        self._running: dict[Any, FinalRow] = {}  # by the task's reference
-        self._stalled: set[str] = set()  # tasks that are being ended because nothing moved
+        self._running: dict[Any, tuple[FinalRow, Any]] = {}  # the run and its worker, by the result's reference
+        self._idle: list[Any] = []  # workers
+        self._stalled: set[str] = set()  # runs that are being ended because nothing moved
         self._unneeded: list[int] = []  # states in the store
         self._data, self._gpus = ray.put(data), gpus
-        task: Any = ray.remote(_train_and_score)  # type: ignore[arg-type]
-        self._task = task.options(num_cpus=spec.resources.cpus_per_trial, num_gpus=gpus, max_retries=0)
+        # Actors: of a host that fell silent Ray (2.60) tells who waits for one, and not who waits for a plain task
+        worker: Any = ray.remote(_Worker)
+        self._worker = worker.options(num_cpus=spec.resources.cpus_per_trial, num_gpus=gpus)
         ended = len(finals) - sum(final.state == "RUNNING" for final in finals)
         for listener in events:
             listener.confirmation_started(ended + len(missing), ended)
@@ -87,15 +89,16 @@ class Confirmation:
             slots = slots_for(under_way + len(self._waiting), under_way)
             while self._waiting and len(self._running) < slots and not self.gave_up:
                 self._start(self._waiting.popleft(), rounds)
+            self._idle = self._idle[: max(0, slots - len(self._running))]  # a worker without a handle ends
             ended, _ = ray.wait(list(self._running), timeout=WAIT_S)
-            for task in ended:
-                rounds.watchdog.ended(task.hex())
-                self._take(task, self._running.pop(task))
+            for result in ended:
+                rounds.watchdog.ended(result.hex())
+                self._take(result, *self._running.pop(result))
             rounds()
 
-    def stalled(self, task: str) -> None:
-        """A task is about to be ended, since nothing moved."""
-        self._stalled.add(task)
+    def stalled(self, result: str) -> None:
+        """The worker of a run is about to be killed, since nothing moved."""
+        self._stalled.add(result)
 
     def drop_unneeded(self) -> None:
         """Drop the states of runs that have ended. To be called while all that the ledger knows is on disk."""
@@ -120,30 +123,33 @@ class Confirmation:
         row = dataclasses.replace(row, attempts=row.attempts + 1, started_at=row.started_at or datetime.now(UTC))
         params = self._trials[row.trial].params
         number = _number(row)
+        worker = self._idle.pop() if self._idle else self._worker.remote()
         what = {"number": number, "params": params, "seed": row.seed, "gpus": self._gpus}
-        task = self._task.remote(self._spec, self._data, self._store, **what)
-        rounds.watchdog.started(task.hex(), number, task)
+        result = worker.train_and_score.remote(self._spec, self._data, self._store, **what)
+        rounds.watchdog.started(result.hex(), number, worker)
         for listener in self._events:
             listener.final_started(row)
-        self._running[task] = dataclasses.replace(row, status=None, reason=None)  # of an earlier attempt
-        self._ledger.update_final(self._running[task])
+        row = dataclasses.replace(row, status=None, reason=None)  # of an earlier attempt
+        self._running[result] = row, worker
+        self._ledger.update_final(row)
 
-    def _take(self, task: Any, row: FinalRow) -> None:
+    def _take(self, reference: Any, row: FinalRow, worker: Any) -> None:
         try:
-            result: _Result = ray.get(task)
+            result: _Result = ray.get(reference)
         except RayError as error:
-            self._lost(task, row, error)
+            self._lost(reference, row, error)
             return
+        self._idle.append(worker)
         ended = result.ended
         state = "COMPLETE" if ended.status in ("ok", "collapsed") else "FAIL"
         row = dataclasses.replace(row, **result.known, ended_at=datetime.now(UTC))
         row = dataclasses.replace(row, state=state, status=ended.status, reason=ended.reason)
         self._end(row, result.nll, result.nelbo)
 
-    def _lost(self, task: Any, row: FinalRow, error: RayError) -> None:
+    def _lost(self, reference: Any, row: FinalRow, error: RayError) -> None:
         """Start it again, or give it up if it was lost too often."""
-        stalled = task.hex() in self._stalled
-        status = "timeout" if stalled else "oom" if isinstance(error, OutOfMemoryError) else "lost"
+        stalled = reference.hex() in self._stalled
+        status = "timeout" if stalled else "oom" if is_out_of_memory(error) else "lost"
         reason = str(error).strip().splitlines()[0] if not stalled else "no training step for too long"
         row = dataclasses.replace(row, status=status, reason=reason)
         self._store.forget.remote(_number(row))
@@ -173,6 +179,13 @@ def _images(row: FinalRow, nll: np.ndarray, nelbo: np.ndarray) -> pa.Table:
     columns = [[row.study] * size, np.full(size, row.trial), np.full(size, row.run), np.arange(size), nll, nelbo]
     schema = SCHEMAS["final_images"]
     return pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
+
+
+class _Worker:
+    """Lives on from run to run."""
+
+    def train_and_score(self, spec: StudySpec, data: Dataset, store: Any, **what: Any) -> _Result:
+        return _train_and_score(spec, data, store, **what)
 
 
 def _train_and_score(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from cluster.head import GIVEN_UP, ClusterUnreachable
 from search.checkpoints import SERVER_THREADS, CheckpointStore, StoreReport, StoreServer
 from search.events import StudyEvents
 from search.interrupts import Interrupts
@@ -79,7 +80,10 @@ class Rounds:
             self._asked, self._asked_at = self._server.report.remote(), time.monotonic()
         if self._asked is None or not ray.wait([self._asked], timeout=wait_s)[0]:
             return False
-        self._report, self._asked = ray.get(self._asked), None
+        try:
+            self._report, self._asked = ray.get(self._asked), None
+        except ray.exceptions.RayActorError as error:
+            raise ClusterUnreachable(GIVEN_UP) from error
         return True
 
 
@@ -127,3 +131,10 @@ class BestStates(StudyEvents):
         for trial in self._unneeded:
             self.server.drop.remote(trial)  # not waited for
         self._unneeded.clear()
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """True where Ray killed a worker because its node ran out of memory."""
+    from ray.exceptions import OutOfMemoryError
+
+    return isinstance(error, OutOfMemoryError) or "low on memory" in str(error)

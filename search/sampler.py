@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from ray.exceptions import OutOfMemoryError
 from ray.tune.search import Searcher
 
 from cluster.resources import Packing
 from search.events import StudyEvents
 from search.ledger import Ledger
 from search.results import PENALTY
+from search.rounds import is_out_of_memory
 from search.space import Space
 from search.spec import Params, StudySpec
 from search.tables import PARAMS, AttemptRow, DiagnosticsRow, EpochRow, LayerRow, TrialRow
@@ -181,7 +181,7 @@ class StudySearcher(Searcher):
         if live.is_stalled:
             outcome, reason = "timeout", f"no training step for {self.spec.budget.stall_timeout_s:g} s"
         else:
-            outcome, reason = "oom" if _is_out_of_memory(error) else "lost", _one_line(error)
+            outcome, reason = "oom" if is_out_of_memory(error) else "lost", _one_line(error)
         # a node that the cluster took away on purpose is nobody's fault
         self._settle_loss(live, outcome, reason, counts=not getattr(error, "preempted", False))
         for listener in self.events:
@@ -446,11 +446,6 @@ def _waiting(params: Params) -> FrozenTrial:
 def trial_seed(study_seed: int, number: int) -> int:
     """The seed of a trial: of its initial weights, its order of rows and its noise."""
     return int(np.random.SeedSequence([study_seed, number, 1]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def _is_out_of_memory(error: BaseException | None) -> bool:
-    """True where Ray killed the worker because its node ran out of memory."""
-    return isinstance(error, OutOfMemoryError) or "low on memory" in str(error)
 
 
 def _one_line(error: BaseException | None) -> str:

@@ -1,7 +1,6 @@
 """`run_study`: wires data, ledger, sampler, early stopping and Ray Tune together. Run and resume are one function."""
 
 import contextlib
-import functools
 import logging
 import os
 import sys
@@ -244,8 +243,7 @@ class _Driver:
             rows, finals = contents.trials, contents.finals
             gpus = self.spec.resources.gpus(self.packing)
             confirmation = Confirmation(self.spec, self.data, ledger, server, rows, finals, self.events, gpus)
-            end = functools.partial(ray.cancel, force=True)
-            watchdog = Watchdog(self.spec.budget.stall_timeout_s, end, knows_of_queues=False)
+            watchdog = Watchdog(self.spec.budget.stall_timeout_s, ray.kill, knows_of_queues=False)
             rounds = self._rounds(ledger, server, watchdog, confirmation.stalled, confirmation.drop_unneeded)
             confirmation.run(rounds, self.slots_for)
             rounds.finish()

@@ -280,7 +280,7 @@ def kill_a_run() -> None:
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         for pid in descendants(os.getpid()):
-            if "ray::_train_and_score" in command_of(pid):
+            if "train_and_score" in command_of(pid):
                 os.kill(pid, signal.SIGKILL)
                 return
         time.sleep(0.005)
