@@ -433,7 +433,8 @@ with ray_runtime(cluster.address) as runtime:
         said |= {"checks": [asdict(check) for check in checks], "took_s": time.monotonic() - started}
     finally:
         os.kill(raylet, signal.SIGCONT)
-print(json.dumps(said | {"all": [node.node_id for node in nodes]}))
+    print(json.dumps(said | {"all": [node.node_id for node in nodes]}), flush=True)
+    time.sleep(600)  # to be ended from outside, with all nodes: Ray takes its time for each
 """
 
 
@@ -453,20 +454,22 @@ def test_on_a_cluster_each_node_is_named_for_what_is_wrong_with_it(tmp_path):
     patience_s = 15.0
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64, "RAY_USAGE_STATS_ENABLED": "0"}
     bare = bare_python(tmp_path / "bare")
-    process = subprocess.Popen(
-        [sys.executable, "-c", NODES, bare, str(70 * 2**20), str(patience_s)],
-        cwd=tmp_path,  # not that of this project: the driver's is where workers look for modules
-        env=clean_environment() | token,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
+    with (tmp_path / "stderr").open("wb") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-c", NODES, bare, str(70 * 2**20), str(patience_s)],
+            cwd=tmp_path,  # not that of this project: the driver's is where workers look for modules
+            env=clean_environment() | token,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            start_new_session=True,
+        )
+    assert process.stdout is not None
     try:
-        stdout, stderr = process.communicate(timeout=200)
+        said = next((json.loads(line) for line in process.stdout if line.startswith(b"{")), None)
     finally:
         end_family(process)
-    assert process.returncode == 0, stderr.decode()[-3000:]
-    said = json.loads(stdout.splitlines()[-1])
+        process.stdout.close()
+    assert said is not None, (tmp_path / "stderr").read_text()[-3000:]
     (without,) = set(said["all"]) - set(said["nodes"].values())
     short = {name: node_id[:8] for name, node_id in (said["nodes"] | {"without": without}).items()}
     assert said["took_s"] < patience_s + 10

@@ -7,13 +7,15 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from hosts import HOME, Host, Network, network, unavailable
 from test_system import assert_whole, clean_environment, epochs_of
 
 from search.results import Study
+
+T = TypeVar("T")
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
@@ -71,8 +73,15 @@ class Cluster:
         """`vaesearch` on a host, to its end."""
         return host.run("vaesearch", *arguments, env=self.environment, timeout=timeout)
 
-    def submit(self, name: str) -> None:
-        done = self.run(self.head, "submit", "--address", URL, "--name", name, *LONG)
+    def replug(self, host: Host) -> None:
+        """A worker whose cable was pulled is back, started anew: the cluster has given its old self up."""
+        self.net.plug_in(host)
+        host.power_off()
+        host.power_on()
+        self.join(host)
+
+    def submit(self, name: str, *more: str) -> None:
+        done = self.run(self.head, "submit", "--address", URL, "--name", name, *LONG, *more)
         assert done.returncode == 0, done.stderr
 
     def logs(self, name: str) -> str:
@@ -147,10 +156,31 @@ def test_a_cable_that_is_cut_costs_seconds_and_its_trials_go_on_elsewhere(cluste
     cluster.wait_for_end("cut")
     assert_went_on(path, victim, lost_at, "its cable")
     assert_has_nothing(cluster, cluster.workers)
-    cluster.net.plug_in(host)
-    host.power_off()
-    host.power_on()
-    cluster.join(host)
+    cluster.replug(host)
+
+
+def test_a_finalists_run_whose_host_falls_silent_goes_on_elsewhere(cluster):
+    path = cluster.head.disk / "vaesearch-studies" / "confirmed"
+    finals = ("--confirm", "--set", "finalists.seeds=3", "--set", "finalists.importance_samples=10")
+    cluster.submit("confirmed", "--trials", "1", "--set", 'space.activation=["relu"]', *finals)
+
+    def at_work() -> list[Host]:
+        command = ("pgrep", "-f", "^ray::_Worker.train_and_score")
+        return [host for host in cluster.workers if host.run(*command, env=cluster.environment).stdout]
+
+    host, *_ = wait_for(at_work, lambda: cluster.logs("confirmed"))
+    lost_at = time.monotonic()
+    cluster.net.pull_the_cable(host)
+    wait_for(lambda: [r for r in Study(path).final_rows() if r.attempts > 1], lambda: cluster.logs("confirmed"))
+    again = time.monotonic() - lost_at
+    print(f"a host lost its cable: the run of a finalist there was started again after {again:.1f} s")
+    cluster.wait_for_end("confirmed")
+    rows = Study(path).final_rows()
+    assert [(row.run, row.state) for row in rows] == [(run, "COMPLETE") for run in range(3)]
+    assert sum(row.attempts for row in rows) == 4
+    assert host.name not in [row.host for row in rows if row.attempts > 1]
+    assert again < NOTICED_WITHIN_S
+    cluster.replug(host)
 
 
 def test_a_study_whose_head_is_lost_goes_on_with_the_same_submit_on_a_new_cluster(cluster):
@@ -179,18 +209,31 @@ def test_a_study_whose_head_is_lost_goes_on_with_the_same_submit_on_a_new_cluste
     assert last["from_epoch"] > 0
 
 
+def wait_for(condition: Callable[[], T], said: Callable[[], str]) -> T:
+    """What the condition returns when that is true."""
+    deadline = time.monotonic() + 100
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"the driver said\n{said()}"
+        time.sleep(0.1)
+    return found
+
+
 def in_the_middle(path: Path, said: Callable[[], str]) -> dict[str, Any]:
     """An attempt that is: so far into its trial that a state of it is stored, and far from its end."""
-    deadline = time.monotonic() + 100
-    while time.monotonic() < deadline:
-        if (path / "attempts").is_dir():
-            study = Study(path)
-            epochs = epochs_of(study)
-            for attempt in study.attempts().to_pylist():
-                if attempt["outcome"] is None and attempt["host"] and MIDDLE <= len(epochs[attempt["trial"]]) < LATE:
-                    return attempt
-        time.sleep(0.1)
-    raise AssertionError(f"{path}: no trial is in its middle; the driver said\n{said()}")
+
+    def found() -> dict[str, Any] | None:
+        if not (path / "attempts").is_dir():
+            return None
+        study = Study(path)
+        epochs = epochs_of(study)
+        for attempt in study.attempts().to_pylist():
+            if attempt["outcome"] is None and attempt["host"] and MIDDLE <= len(epochs[attempt["trial"]]) < LATE:
+                return attempt
+        return None
+
+    attempt = wait_for(found, said)
+    assert attempt is not None
+    return attempt
 
 
 def attempts_of(path: Path, trial: int) -> list[dict[str, Any]]:
