@@ -16,6 +16,7 @@ HEAD_CHECK_EVERY_S = 3.0
 HEAD_SILENT_S = 40.0  # Ray itself ends the process after 60
 NO_HEAD = "start one with `ray start --head`, or give the address that it printed"
 GIVEN_UP = "the Ray cluster has given this machine up, which was silent; join it again, and the same command goes on"
+UNAUTHENTICATED = "UNAUTHENTICATED"
 NO_TOKEN = f"set {PATH_VARIABLE} to a file that holds the token of this cluster"
 
 
@@ -47,11 +48,12 @@ def find_head(address: str) -> str:
     from ray._private import services
 
     try:
-        named = services.get_ray_address_from_environment(address, None) if address == "auto" else address
-        canonical = services.canonicalize_bootstrap_address(named)
+        named = _of_this_machine() if address == "auto" else address
+        canonical = None if named is None else services.canonicalize_bootstrap_address(named)
     except (ConnectionError, ValueError) as error:
         raise ClusterUnreachable(f"no Ray cluster at {address}: {error}\n{NO_HEAD}") from None
-    assert canonical is not None
+    if canonical is None or named is None:
+        raise ClusterUnreachable(f"{address} is no cluster to join; without an address a private Ray starts here")
     reason = None
     for where in dict.fromkeys((canonical, named)):  # they differ where a head is on loopback alone
         reason = _refusal(where)
@@ -93,9 +95,8 @@ def head_watched(on_lost: Callable[[str], None]) -> Iterator[None]:
 
 
 def _listens(address: str) -> bool:
-    host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host, int(port)), HEAD_CHECK_EVERY_S).close()
+        socket.create_connection(host_and_port(address), HEAD_CHECK_EVERY_S).close()
     except OSError:
         return False
     return True
@@ -118,23 +119,50 @@ def _is_given_up(address: str, node_id: str) -> bool:
     return list(reply.raylet_alive) == [False]
 
 
+def _of_this_machine() -> str | None:
+    from ray._private import services
+
+    if "://" in os.environ.get("RAY_ADDRESS", ""):  # a dashboard's, for `vaesearch submit`
+        return services.find_bootstrap_address(None)
+    return services.get_ray_address_from_environment("auto", None)
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    """Of HOST:PORT, where an IPv6 host stands in brackets."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def asks_for_token(address: str) -> bool:
+    """Whether the head there, which answers, lets nobody in without one."""
+    return _answer(address, None) == UNAUTHENTICATED
+
+
 def _refusal(address: str) -> str | None:
     """Why the head there does not let us in, and what would do; None where it does."""
+    token = find_token()
+    answer = _answer(address, token)
+    if answer is None:
+        return None
+    if answer != UNAUTHENTICATED:
+        return f"does not answer: {answer}\n{NO_HEAD}"
+    if token is None:
+        return f"asks for a token and there is none here\n{NO_TOKEN}"
+    return f"refuses the token of {token.origin}\n{NO_TOKEN}"
+
+
+def _answer(address: str, token: Token | None) -> str | None:
+    """None where the head there lets us in; UNAUTHENTICATED; or what is wrong."""
     import grpc
     from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest  # type: ignore[attr-defined]
     from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
-    token = find_token()
     with _channel(address) as channel:
         try:
             head = NodeInfoGcsServiceStub(channel)
             head.GetClusterId(GetClusterIdRequest(), timeout=CONNECT_TIMEOUT_S, metadata=_credentials(token))
         except grpc.RpcError as error:
-            if error.code() != grpc.StatusCode.UNAUTHENTICATED:
-                return f"does not answer: {error.details()}\n{NO_HEAD}"
-            if token is None:
-                return f"asks for a token and there is none here\n{NO_TOKEN}"
-            return f"refuses the token of {token.origin}\n{NO_TOKEN}"
+            return UNAUTHENTICATED if error.code() == grpc.StatusCode.UNAUTHENTICATED else str(error.details())
     return None
 
 

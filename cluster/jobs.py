@@ -113,12 +113,9 @@ class Jobs:
         *,
         working_dir: Path | None = None,
         metadata: Mapping[str, str] | None = None,
-        env_vars: Mapping[str, str] | None = None,
     ) -> Job:
         """Start a job of that id; its command starts in a copy of `working_dir`. Raises JobExists, UploadTooLarge."""
-        runtime_env: dict[str, object] = {"env_vars": dict(env_vars)} if env_vars else {}
-        if working_dir is not None:
-            runtime_env["working_dir"] = self._upload(working_dir)
+        runtime_env = {} if working_dir is None else {"working_dir": self._upload(working_dir)}
         request = {
             "submission_id": job_id,
             "entrypoint": f"echo {MARK}{secrets.token_hex(8)}; exec {entrypoint}",
@@ -189,10 +186,15 @@ class Jobs:
             time.sleep(POLL_EVERY_S)
 
     def delete(self, job_id: str) -> None:
-        """Forget a job that has ended, so that its id is free again."""
+        """Forget a job that has ended, so that its id is free again. Raises JobExists where it is at work."""
         response = self._request("DELETE", _path(job_id))
-        if response.status_code != 404:
-            self._raise_unless_ok(response)
+        if response.status_code == 404:
+            return
+        if response.status_code == 500:  # Ray's answer (2.60) to that as well
+            job = self.get(job_id)
+            if job is not None and not job.has_ended:
+                raise JobExists(f"{self.address}: the job {job_id} is {job.state}, and is not forgotten")
+        self._raise_unless_ok(response)
 
     def run(self, entrypoint: str, *, working_dir: Path | None = None, timeout_s: float) -> str:
         """A short job to its end: what it said. Raises JobFailed."""

@@ -19,7 +19,6 @@ from cluster.tokens import MODE_VARIABLE, PATH_VARIABLE, TokenUnreadable, find_t
 PATIENCE_S = 20.0  # for the slowest node; a new worker takes 1 to 5
 TORCH_PATIENCE_S = 15.0  # of these, for a first import of torch
 CLOCK_WARNING_S = 2.0
-CLOCK_FAILED_S = 30.0  # half of what a driver's lease may be old
 STORE_SHARE = 0.8  # of an object store, for the data; models on their way take their part too
 WORDS_LISTED = 4  # nodes that are named in one line
 
@@ -57,6 +56,7 @@ class Torch:
     cuda: str | None = None  # the version it was built for; None: for CPUs alone
     gpus: int = 0
     error: str = ""
+    is_late: bool = False  # so far it says nothing: on a cold disk a first import may take a minute
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Silence:
-    """A node that brought no answer."""
+    """A node that brought no answer. is_broken: it did say that what it was sent fails there; a trial would, too."""
 
     reason: str
+    is_broken: bool = False
 
 
 Answers = Mapping[str, Answer | Silence]
@@ -97,12 +98,12 @@ def check_nodes(
     here = ray.get_runtime_context().get_node_id()
     holders = [node for node in runtime.nodes if node in workers or node.node_id == here]
     return [
-        *check_answers(runtime, answers),
+        *check_answers(runtime, workers, answers, is_growing=asked.is_growing),
         *check_versions(runtime, answers),
         *check_package(workers, answers),
         *check_token(runtime, answers),
         *check_placement(runtime, asked),
-        *check_gpus(runtime, answers),
+        *check_gpus(workers, answers, are_asked_for=asked.gpus_at_least(runtime) > 0),
         *check_memory(holders, answers, data_bytes),
         *check_clocks(runtime, answers),
     ]
@@ -169,8 +170,11 @@ def _sent_to(
 
 
 def _answer(trip: _Trip) -> Answer | Silence:
+    from ray.exceptions import RayTaskError
+
     if isinstance(trip.value, Exception):
-        return Silence((" ".join(str(trip.value).split()) or type(trip.value).__name__)[-300:])
+        reason = " ".join(str(trip.value).split()) or type(trip.value).__name__
+        return Silence(reason[-300:], is_broken=isinstance(trip.value, RayTaskError))
     said = dict(trip.value)
     torch = said.pop("torch")
     clock = said.pop("clock")
@@ -237,7 +241,7 @@ def _look() -> Callable[[bool], dict[str, Any]]:
                     [sys.executable, "-c", code], env=seen, capture_output=True, text=True, timeout=torch_patience_s
                 )
             except subprocess.TimeoutExpired:
-                return {"error": f"no answer within {torch_patience_s:.0f} s"}
+                return {"error": f"no answer within {torch_patience_s:.0f} s", "is_late": True}
             if done.returncode:
                 return {"error": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
             return json.loads(done.stdout.splitlines()[-1])
@@ -258,14 +262,25 @@ def _look() -> Callable[[bool], dict[str, Any]]:
 # ---- judging
 
 
-def check_answers(runtime: Runtime, answers: Answers) -> list[Check]:
-    silent: dict[str, list[Node]] = {}
-    for node in runtime.nodes:
-        answer = answers[node.node_id]
-        if isinstance(answer, Silence):
-            silent.setdefault(answer.reason, []).append(node)
-    mend = "end Ray there and start it again, or wait until the cluster has noticed that it is gone"
-    problems = [Check("nodes", "failed", f"{_named(nodes)}: {reason}", mend) for reason, nodes in silent.items()]
+def check_answers(
+    runtime: Runtime, workers: Sequence[Node], answers: Answers, *, is_growing: bool = False
+) -> list[Check]:
+    """A node that fell silent is a failure only where no other is left for its trials: a study under way outlives its
+    loss, and must be able to go on beside it, too. workers: the nodes that can hold a trial."""
+    silent = {node: answer for node in runtime.nodes if isinstance(answer := answers[node.node_id], Silence)}
+    can_go_elsewhere = is_growing or any(node not in silent for node in workers)
+    found: dict[tuple[Verdict, str], list[Node]] = {}
+    for node, silence in silent.items():
+        is_failure = node in workers and (silence.is_broken or not can_go_elsewhere)
+        found.setdefault(("failed" if is_failure else "warning", silence.reason), []).append(node)
+    mends: dict[Verdict, str] = {
+        "failed": "end Ray there and start it again, or wait until the cluster has noticed that it is gone",
+        "warning": "its trials go elsewhere; if it stays silent, end Ray there and start it again",
+    }
+    problems = [
+        Check("nodes", verdict, f"{_named(nodes)}: {reason}", mends[verdict])
+        for (verdict, reason), nodes in found.items()
+    ]
     size = f"{_count(runtime.num_cpus, 'CPU')}, {_count(runtime.num_gpus, 'GPU')}"
     return problems or [Check("nodes", "ok", f"{_everywhere(runtime)}: {size}")]
 
@@ -303,9 +318,13 @@ def check_package(workers: Sequence[Node], answers: Answers) -> list[Check]:
 def check_token(runtime: Runtime, answers: Answers) -> list[Check]:
     """A cluster without a token that others can reach is a failure: whoever comes to its ports runs there what he
     likes. RAY_AUTH_MODE=disabled is how a user says that he knows; to loopback only this machine's own users come."""
-    open_nodes = [node for node, answer in _answered(runtime.nodes, answers) if not answer.asks_for_token]
+    asks = {node: answer.asks_for_token for node, answer in _answered(runtime.nodes, answers)}
+    open_nodes = [node for node in asks if not asks[node]]
     if open_nodes:
-        return [_open(open_nodes, all(is_loopback(node.address) for node in runtime.nodes))]
+        is_inside = all(is_loopback(node.address) for node in runtime.nodes)
+        return [_open(open_nodes, is_inside), *(_check_token_unasked() if len(open_nodes) == len(asks) else ())]
+    if not asks:
+        return check_token_file()
     return [Check("token", "ok", f"Ray asks for a token on {_everywhere(runtime)}"), *check_token_file()]
 
 
@@ -323,6 +342,18 @@ def check_token_file() -> list[Check]:
     if fault is None:
         return [Check("token", "ok", f"{token.path} is its owner's alone")]
     return [Check("token", "warning", fault, f"chmod 600 {token.path}")]
+
+
+def _check_token_unasked() -> list[Check]:
+    """Who has a token takes it that the cluster asks for it, or means another cluster."""
+    try:
+        token = find_token()
+    except TokenUnreadable:
+        return []
+    if token is None:
+        return []
+    mend = f"see that this is the cluster you mean; if it is, start Ray on every node with {MODE_VARIABLE}=token"
+    return [Check("token", "warning", f"{token.origin} has a token here, the cluster asks for none", mend)]
 
 
 def _open(nodes: Sequence[Node], is_inside: bool) -> Check:
@@ -364,37 +395,45 @@ def check_placement(runtime: Runtime, asked: Asked) -> list[Check]:
     return [Check("placement", "ok", f"{what}; room for {places}")]
 
 
-def check_gpus(runtime: Runtime, answers: Answers) -> list[Check]:
-    """Whether a trial that Ray gives a GPU will find one. Where it does not, it trains on the CPU."""
+def check_gpus(workers: Sequence[Node], answers: Answers, *, are_asked_for: bool) -> list[Check]:
+    """Whether a trial that Ray gives a GPU will find one. Where it does not, it trains on the CPU.
+
+    workers: the nodes that can hold a trial. are_asked_for: trials ask for GPUs.
+    """
+    answered = list(_answered(workers, answers))
     found: dict[tuple[Verdict, str, str], list[Node]] = {}
-    for node, answer in _answered(runtime.nodes, answers):
-        problem = None if answer.torch is None else _gpu_problem(int(node.num_gpus), answer.torch)
+    for node, answer in answered:
+        problem = None if answer.torch is None else _gpu_problem(int(node.num_gpus), answer.torch, are_asked_for)
         if problem is not None:
             found.setdefault(problem, []).append(node)
     if found:
         return [
             Check("gpus", verdict, f"{_named(nodes)}: {what}", mend) for (verdict, what, mend), nodes in found.items()
         ]
-    gpus = f"Ray and torch see the same {_count(runtime.num_gpus, 'GPU')}" if runtime.num_gpus else "no GPU anywhere"
+    if not answered:
+        return []
+    count = sum(node.num_gpus for node, _ in answered)
+    gpus = f"Ray and torch see the same {_count(count, 'GPU')}" if count else "no GPU where trials are placed"
     return [Check("gpus", "ok", gpus)]
 
 
-def _gpu_problem(by_ray: int, torch: Torch) -> tuple[Verdict, str, str] | None:
+def _gpu_problem(by_ray: int, torch: Torch, are_asked_for: bool) -> tuple[Verdict, str, str] | None:
+    verdict: Verdict = "failed" if are_asked_for and by_ray and not torch.is_late else "warning"
     what = f"Ray sees {_count(by_ray, 'GPU')}"
+    if torch.is_late:
+        return verdict, f"{what}, torch cannot say yet: {torch.error}", "see that `import torch` works there"
     if torch.error:
-        return "failed" if by_ray else "warning", f"{what}, torch cannot say: {torch.error}", "mend torch there"
+        return verdict, f"{what}, torch cannot say: {torch.error}", "mend torch there"
     what += f", torch {torch.version} sees {torch.gpus or 'none'}"
     if by_ray < torch.gpus:
         return "warning", f"{what}: some stand idle", f"start Ray there with --num-gpus={torch.gpus}"
     if by_ray == torch.gpus:
         return None
     mend = "see what `nvidia-smi` says there; containers must be given their devices"
-    if torch.cuda is None:
-        what, mend = (
-            f"{what}, as it is built for CPUs",
-            "install a torch for CUDA there, or start Ray with --num-gpus=0",
-        )
-    return "warning", f"{what}: trials would train on the CPU", mend
+    if torch.cuda is None:  # somebody chose that torch, and may count GPUs that are none
+        verdict, what = "warning", f"{what}, as it is built for CPUs"
+        mend = "install a torch for CUDA there, or start Ray with --num-gpus=0"
+    return verdict, f"{what}: trials would train on the CPU", mend
 
 
 def check_memory(holders: Sequence[Node], answers: Answers, data_bytes: int | None) -> list[Check]:
@@ -424,15 +463,17 @@ def check_memory(holders: Sequence[Node], answers: Answers, data_bytes: int | No
 
 
 def check_clocks(runtime: Runtime, answers: Answers) -> list[Check]:
-    """By what is certain: how far a clock is off at the least, however long the trip took."""
+    """By what is certain: how far a clock is off at the least, however long the trip took.
+
+    Never a failure: leases and times are the driver's alone, and which of the two clocks is wrong cannot be told.
+    """
     off = {node: _off_s(answer.clock_s) for node, answer in _answered(runtime.nodes, answers)}
     wrong = {node: seconds for node, seconds in off.items() if abs(seconds) > CLOCK_WARNING_S}
     if not wrong:
         return [Check("clocks", "ok", f"clocks agree within {CLOCK_WARNING_S:g} s")] if len(off) > 1 else []
-    verdict: Verdict = "failed" if max(map(abs, wrong.values())) > CLOCK_FAILED_S else "warning"
     shown = [f"{_label(node)} {abs(s):.0f} s {'ahead' if s > 0 else 'behind'}" for node, s in wrong.items()]
-    mend = "set them by NTP; the times of attempts and the leases of studies rely on them"
-    return [Check("clocks", verdict, f"clocks differ from the driver's: {_listed(shown)}", mend)]
+    mend = "set them by NTP; till then logs from there compare badly with the driver's, and with `ended_at`"
+    return [Check("clocks", "warning", f"clocks differ from the driver's: {_listed(shown)}", mend)]
 
 
 def _off_s(ahead_s: tuple[float, float]) -> float:

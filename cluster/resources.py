@@ -26,7 +26,7 @@ def fitting_trials(
     A trial has all that it asks for on one node. is_growing: nodes come when trials wait, so that all `wanted`
     are asked for, whatever fits now.
     """
-    if is_growing and wanted is not None:
+    if is_growing and wanted is not None and runtime.address != "local":
         return wanted
     fitting = sum(trials_on(node, cpus_per_trial, gpus_per_trial) for node in runtime.nodes)
     if not fitting:

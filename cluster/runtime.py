@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.head import ClusterUnreachable, find_head, is_loopback
-from cluster.tokens import find_token
+from cluster.head import ClusterUnreachable, asks_for_token, find_head, host_and_port, is_loopback
 
 log = logging.getLogger(__name__)
 
@@ -22,13 +21,6 @@ LONGEST_REASON = 300  # characters of what Ray says
 # Ray's name for it is older than its use: 0 makes every server of a node bind to loopback alone
 # (ray 2.60, _private/services.py: get_node_ip_address). tests/test_cluster_runtime.py reads the sockets back.
 LOOPBACK_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-
-KEEPALIVE = {
-    # Of a host that fell silent for a while, Ray (2.60) may close a connection at its end alone, and whoever waits for
-    # an answer at ours waits for seven minutes. With these, which are Ray's own names, it is seconds.
-    "RAY_grpc_client_keepalive_time_ms": "5000",
-    "RAY_grpc_client_keepalive_timeout_ms": "10000",
-}
 
 PRIVATE_ENVIRONMENT = {
     **LOOPBACK_ALONE,
@@ -47,7 +39,6 @@ class Node:
     address: str  # IP
     num_cpus: float
     num_gpus: float = 0.0
-    memory_bytes: float = 0.0
     object_store_bytes: float = 0.0
 
 
@@ -92,27 +83,25 @@ def ray_runtime(
             with _on_loopback(), _connected(ray, address="local", include_dashboard=False, **options):
                 yield Runtime("local", living_nodes())
     else:
-        with environment(KEEPALIVE | _authentication()):
+        found = find_head(address)
+        # Ray (2.60) does not look for a token when it joins a cluster, and with one where none is asked for it ends
+        # up with workers that are not let in.
+        asked = "RAY_AUTH_MODE" not in os.environ and asks_for_token(found)
+        with environment({"RAY_AUTH_MODE": "token"} if asked else {}):
             import ray
 
             _read_authentication_again()
-            with _joined(ray, address):
+            with _joined(ray, found):
                 yield _describe()
-
-
-def _authentication() -> dict[str, str]:
-    """The mode that a token asks for: Ray (2.60) does not look for one when it joins a cluster unless it is told to."""
-    return {"RAY_AUTH_MODE": "token"} if "RAY_AUTH_MODE" not in os.environ and find_token() else {}
 
 
 @contextlib.contextmanager
 def _joined(ray, address: str) -> Iterator[None]:  # type: ignore[no-untyped-def]
-    found = find_head(address)
     with contextlib.ExitStack() as stack:
         try:
-            if is_loopback(found.rpartition(":")[0]):
+            if is_loopback(host_and_port(address)[0]):
                 stack.enter_context(_on_loopback())  # else Ray would look for it at this machine's other address
-            stack.enter_context(_connected(ray, address=found))
+            stack.enter_context(_connected(ray, address=address))
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             reason = " ".join(str(error).split())[:LONGEST_REASON]
             raise ClusterUnreachable(
@@ -128,7 +117,7 @@ def _on_loopback() -> Iterator[None]:
     """Servers of this process, and of those that it starts, bind to loopback alone."""
     from ray._private import ray_constants
 
-    with environment(LOOPBACK_ALONE), _replaced(ray_constants, ENABLE_RAY_CLUSTER=False):
+    with environment(LOOPBACK_ALONE), replaced(ray_constants, ENABLE_RAY_CLUSTER=False):
         yield
 
 
@@ -147,7 +136,7 @@ def _connected(ray, **options: object) -> Iterator[None]:  # type: ignore[no-unt
 
 def _errors_logged(ray) -> contextlib.AbstractContextManager[None]:  # type: ignore[no-untyped-def]
     """Keep Ray (2.60) from printing to stdout, where answers belong, what went wrong with a task."""
-    return _replaced(
+    return replaced(
         ray._private.worker,
         print_to_stdstream=lambda data, ignore_prefix: log.debug("%s", "\n".join(data["lines"])),
     )
@@ -159,7 +148,7 @@ def _idle_processes_spared(ray) -> contextlib.AbstractContextManager[None]:  # t
 
     def spared(self: object, **options: object) -> None: ...
 
-    return _replaced(ray._private.node.Node, start_api_server=spared, start_monitor=spared, start_log_monitor=spared)
+    return replaced(ray._private.node.Node, start_api_server=spared, start_monitor=spared, start_log_monitor=spared)
 
 
 @contextlib.contextmanager
@@ -167,7 +156,7 @@ def _our_handler_of_sigterm(ray) -> Iterator[None]:  # type: ignore[no-untyped-d
     """Keep ray.init (2.60) from putting two of its own in place: Python's ends the driver with status 15, the
     one below Python writes a backtrace first."""
     try:
-        with _replaced(ray._private.utils, set_sigterm_handler=lambda handler: None):
+        with replaced(ray._private.utils, set_sigterm_handler=lambda handler: None):
             yield
     finally:
         if threading.current_thread() is threading.main_thread():
@@ -175,7 +164,7 @@ def _our_handler_of_sigterm(ray) -> Iterator[None]:  # type: ignore[no-untyped-d
 
 
 @contextlib.contextmanager
-def _replaced(owner: object, **attributes: object) -> Iterator[None]:
+def replaced(owner: object, **attributes: object) -> Iterator[None]:
     """Of a module or class of Ray's, in this block."""
     before = {name: getattr(owner, name) for name in attributes}
     for name, value in attributes.items():
@@ -216,7 +205,6 @@ def _node(node: dict[str, Any]) -> Node:
         node["NodeManagerAddress"],
         num_cpus=resources.get("CPU", 0.0),
         num_gpus=resources.get("GPU", 0.0),
-        memory_bytes=resources.get("memory", 0.0),
         object_store_bytes=resources.get("object_store_memory", 0.0),
     )
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 NAMESPACE = b"vaesearch.shares"
 BEAT_S = 1.0
 GONE_AFTER_S = 15.0  # without a beat
+FORGOTTEN_AFTER_S = 600.0  # then its entry goes, too
 
 EPSILON = 1e-9
 
@@ -46,28 +47,28 @@ def shared_out(claims: Mapping[str, Claim]) -> dict[str, int]:
 class Shares:
     """One study's side of it, as long as its driver is on the cluster."""
 
-    def __init__(self, study: str, slots: int) -> None:
+    def __init__(self, study: str, slots: int, most: int) -> None:
+        """slots: trials at once, had it the cluster to itself. most: by its own limit."""
+        self._most = most
         self._key = f"{study}:{uuid.uuid4().hex}"
         self._claim = Claim(slots, 0)
         self._heard: dict[str, _Heard] = {}  # all entries, also of drivers that are gone
         self._others: dict[str, _Heard] = {}
         self._beats = 0
         self._beat_at: float | None = None
-        self._allowed = slots
+        self._allowed = most
 
-    @property
-    def has_others(self) -> bool:
-        """True while another study is at work on the cluster."""
-        return bool(self._others)
+    def slots_for(self, wanted: int, at_work: int) -> int:
+        """How many trials may be under way now. wanted: how many could be; at_work: how many have a worker.
 
-    def slots_for(self, wanted: int, under_way: int) -> int:
-        """How many trials may be under way now, with so many that could be, or are. Cheap: may be called often."""
+        To be called every second or so: who is silent is given up. Cheap.
+        """
         now = time.monotonic()
         if self._beat_at is None or now - self._beat_at >= BEAT_S:
-            used_s = 0.0 if self._beat_at is None else (now - self._beat_at) * under_way / self._claim.slots
+            used_s = 0.0 if self._beat_at is None else (now - self._beat_at) * at_work / self._claim.slots
             self._beat_at, self._beats = now, self._beats + 1
             self._listen(now)
-            self._claim = replace(self._claim, wanted=wanted, used_s=self._used_before() + used_s)
+            self._claim = replace(self._claim, wanted=min(wanted, self._most), used_s=self._used_before() + used_s)
             self._tell()
             others = {name: heard.claim for name, heard in self._others.items()}
             self._allowed = shared_out(others | {self._key: self._claim})[self._key]
@@ -93,7 +94,7 @@ class Shares:
 
     def _listen(self, now: float) -> None:
         """Clocks differ from host to host, so a driver counts as gone by how long its beat has stood still here."""
-        from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_list
+        from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_list
 
         found: dict[str, _Heard] = {}
         for key in _internal_kv_list(b"", namespace=NAMESPACE):
@@ -101,11 +102,17 @@ class Shares:
             content = _internal_kv_get(key, namespace=NAMESPACE) if name != self._key else None
             if content is None:
                 continue
-            entry = json.loads(content)
-            beat = entry.pop("beat")
+            try:
+                entry = json.loads(content)
+                beat, claim = entry.pop("beat"), Claim(**entry)
+            except (TypeError, ValueError, KeyError):
+                continue  # of another version
             before = self._heard.get(name)
             at = before.at if before is not None and before.beat == beat else now
-            found[name] = _Heard(Claim(**entry), beat, at)
+            if now - at < FORGOTTEN_AFTER_S:
+                found[name] = _Heard(claim, beat, at)
+            else:
+                _internal_kv_del(key, namespace=NAMESPACE)
         self._heard = found
         self._others = {name: heard for name, heard in found.items() if now - heard.at < GONE_AFTER_S}
 

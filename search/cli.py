@@ -30,6 +30,7 @@ app = typer.Typer(
 )
 
 DEFAULT_STORAGE = "studies"
+GOING_ON = "the same submit, without any --extend, goes on"  # an extension was noted in the study
 CLUSTERS = "Commands for a Ray cluster"
 
 KEYS = {
@@ -363,6 +364,7 @@ def init() -> None:
 
 @app.command(rich_help_panel=CLUSTERS)
 def doctor(
+    context: typer.Context,
     study_file: StudyFile = None,
     address: Annotated[
         str | None, typer.Option(help="A cluster to join or to submit to; none: this machine.", envvar="RAY_ADDRESS")
@@ -384,6 +386,8 @@ def doctor(
 
     if address is not None:
         _say(f"cluster {address}")
+        if address.startswith(("http://", "https://")) and _is_from_environment(context, "storage"):
+            storage = None  # it names a place of this machine; submit does not heed it either
     checks = examine(
         study_file,
         address=address,
@@ -426,7 +430,7 @@ def submit(
     json: Json = False,
 ) -> None:
     """Start a study on a Ray cluster, or go on with it there; files of data up to 99 MiB are sent along."""
-    from search.submit import standing_of, wait_for_start
+    from search.submit import standing_of, unheeded, wait_for_start
     from search.submit import submit as submit_study
 
     if storage is not None and "://" not in storage and not Path(storage).is_absolute():
@@ -436,6 +440,8 @@ def submit(
     job, is_new = submit_study(jobs, spec, extend=extend, data_on_cluster=data_on_cluster)
     if not is_new:
         _say(f"{spec.name}: is there already, {job.state}")
+        if keys := unheeded(job, spec):
+            _say(f"{spec.name}: runs with its own {', '.join(keys)}; to change that, stop it and submit it again")
     elif not no_wait:
         _say(f"{spec.name}: submitted; its driver starts and makes its checks")
         status = _undisturbed(lambda: wait_for_start(jobs, job, _tell), jobs.address, job.job_id)
@@ -501,7 +507,7 @@ def logs(
 
 @app.command(rich_help_panel=CLUSTERS)
 def stop(study: JobId, address: Dashboard = None, insecure: Insecure = False, json: Json = False) -> None:
-    """End a study on a cluster, once all that it found is on disk; the same submit goes on with it."""
+    """End a study on a cluster, once all that it found is on disk; the same submit, less an --extend, goes on."""
     from search.submit import stop as stop_study
 
     jobs = _jobs(address, insecure)
@@ -511,9 +517,9 @@ def stop(study: JobId, address: Dashboard = None, insecure: Insecure = False, js
     elif is_flushed is None:
         print(f"{study}: had ended before")
     elif is_flushed:
-        print(f"{study}: stopped, all that it found is on disk; the same submit goes on")
+        print(f"{study}: stopped, all that it found is on disk; {GOING_ON}")
     else:
-        print(f"{study}: killed before it had written its last rows; the same submit goes on from those on disk")
+        print(f"{study}: killed before it had written its last rows; {GOING_ON} from those on disk")
         _say("the cluster gives a job RAY_JOB_STOP_WAIT_TIME_S seconds to end, 3 unless its head was started with more")
 
 
@@ -561,15 +567,16 @@ def _run(spec: "StudySpec", address: str | None, extend: int, json: bool) -> Non
     from search.leaderboard import as_json, print_study
     from search.progress import Progress
     from search.study import run_study
-    from search.supervisor import SUPERVISED_VARIABLE
+    from search.supervisor import SUPERVISED_VARIABLE, end_with_supervisor
 
+    end_with_supervisor()
     with Progress() as progress:
         try:
             study = run_study(spec, address=address, extend=extend, events=[progress], say=progress.say)
         except Interrupted as interrupted:
             again = f"go on with: {shlex.join(['vaesearch', *_without_extend(sys.argv[1:])])}"
             if SUPERVISED_VARIABLE in os.environ:
-                again = "the same submit goes on"
+                again = GOING_ON
             progress.say(f"interrupted {progress.where()}; {again}")
             raise typer.Exit(128 + interrupted.signum) from None
     if study.spec.finalists.confirm:
@@ -668,6 +675,11 @@ def _folder(storage: str, study: str) -> "Location":
     from search.storage import location
 
     return location(storage) / study
+
+
+def _is_from_environment(context: typer.Context, option: str) -> bool:
+    source = context.get_parameter_source(option)
+    return source is not None and source.name == "ENVIRONMENT"
 
 
 def _spec(file: "Location | None", assignments: list[str] | None, flags: dict[str, Any]) -> "StudySpec":

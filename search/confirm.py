@@ -21,6 +21,7 @@ import ray
 import torch
 from ray.exceptions import RayError
 
+from cluster.resources import Packing
 from search.attempt import Attempt, Ended, Heartbeat, set_up_torch, train_wall_s, what_ended
 from search.events import StudyEvents
 from search.finalists import final_seed, missing_runs
@@ -45,6 +46,15 @@ class _Result:
     nelbo: np.ndarray
 
 
+@dataclass(frozen=True)
+class _Run:
+    """One under way."""
+
+    row: FinalRow
+    worker: Any
+    gpus: float
+
+
 class Confirmation:
     """What is missing of a study's finals. `failures`: runs that failed one after the other, up to now."""
 
@@ -57,7 +67,7 @@ class Confirmation:
         rows: list[TrialRow],
         finals: list[FinalRow],
         events: Sequence[StudyEvents],
-        gpus: float,
+        packing: Packing | None,
     ) -> None:
         begun = {final.key: final for final in finals}
         missing = missing_runs(spec, rows, finals)
@@ -66,14 +76,13 @@ class Confirmation:
         self._trials = {row.trial: row for row, _ in missing}
         self._waiting = deque(self._anew(begun.get((row.trial, run)), row, run) for row, run in missing)
         self._losses: Counter[Hashable] = Counter()  # of each run, under this driver
-        self._running: dict[Any, tuple[FinalRow, Any]] = {}  # the run and its worker, by the result's reference
+        self._running: dict[Any, _Run] = {}  # by the result's reference
         self._idle: list[Any] = []  # workers
         self._stalled: set[str] = set()  # runs that are being ended because nothing moved
         self._unneeded: list[int] = []  # states in the store
-        self._data, self._gpus = ray.put(data), gpus
+        self._data, self._packing = ray.put(data), packing
         # Actors: of a host that fell silent Ray (2.60) tells who waits for one, and not who waits for a plain task
-        worker: Any = ray.remote(_Worker)
-        self._worker = worker.options(num_cpus=spec.resources.cpus_per_trial, num_gpus=gpus)
+        self._worker: Any = ray.remote(_Worker)
         ended = len(finals) - sum(final.state == "RUNNING" for final in finals)
         for listener in events:
             listener.confirmation_started(ended + len(missing), ended)
@@ -89,11 +98,13 @@ class Confirmation:
             slots = slots_for(under_way + len(self._waiting), under_way)
             while self._waiting and len(self._running) < slots and not self.gave_up:
                 self._start(self._waiting.popleft(), rounds)
-            self._idle = self._idle[: max(0, slots - len(self._running))]  # a worker without a handle ends
+            self._idle.clear()  # nothing waits for them now; a worker without a handle ends
+            if not self._running:
+                time.sleep(WAIT_S)  # others on the cluster are first
             ended, _ = ray.wait(list(self._running), timeout=WAIT_S)
             for result in ended:
                 rounds.watchdog.ended(result.hex())
-                self._take(result, *self._running.pop(result))
+                self._take(result, self._running.pop(result))
             rounds()
 
     def stalled(self, result: str) -> None:
@@ -123,24 +134,33 @@ class Confirmation:
         row = dataclasses.replace(row, attempts=row.attempts + 1, started_at=row.started_at or datetime.now(UTC))
         params = self._trials[row.trial].params
         number = _number(row)
-        worker = self._idle.pop() if self._idle else self._worker.remote()
-        what = {"number": number, "params": params, "seed": row.seed, "gpus": self._gpus}
+        gpus = self._spec.resources.gpus(self._packing)
+        new = self._worker.options(num_cpus=self._spec.resources.cpus_per_trial, num_gpus=gpus)
+        worker = self._idle.pop() if self._idle else new.remote()
+        what = {"number": number, "params": params, "seed": row.seed, "gpus": gpus}
         result = worker.train_and_score.remote(self._spec, self._data, self._store, **what)
         rounds.watchdog.started(result.hex(), number, worker)
         for listener in self._events:
             listener.final_started(row)
         row = dataclasses.replace(row, status=None, reason=None)  # of an earlier attempt
-        self._running[result] = row, worker
+        self._running[result] = _Run(row, worker, gpus)
         self._ledger.update_final(row)
 
-    def _take(self, reference: Any, row: FinalRow, worker: Any) -> None:
+    def _take(self, reference: Any, run: _Run) -> None:
+        row = run.row
         try:
             result: _Result = ray.get(reference)
         except RayError as error:
             self._lost(reference, row, error)
             return
-        self._idle.append(worker)
         ended = result.ended
+        if ended.status == "oom" and self._packing is not None and run.gpus < 1:
+            if run.gpus == self._packing.share:
+                self._packing = self._packing.with_fewer()
+            self._store.forget.remote(_number(row))
+            self._waiting.appendleft(dataclasses.replace(row, status="oom", reason=ended.reason))
+            return  # to be made again with a larger part of a GPU
+        self._idle.append(run.worker)
         state = "COMPLETE" if ended.status in ("ok", "collapsed") else "FAIL"
         row = dataclasses.replace(row, **result.known, ended_at=datetime.now(UTC))
         row = dataclasses.replace(row, state=state, status=ended.status, reason=ended.reason)

@@ -6,6 +6,7 @@ written to, so a copy has each as it was at some moment.
 """
 
 import base64
+import contextlib
 import hashlib
 import io
 import json
@@ -33,7 +34,10 @@ FORGOTTEN_AFTER_S = 1800.0
 TRIES = 5
 LEFT_OUT = {CHECKPOINTS_FOLDER, FINAL_CHECKPOINTS_FOLDER, "lease.json"}
 HEADER = "vaesearch-pack: "
-ARCHIVE = re.compile(r"vaesearch-[0-9a-z_]+\.tar")
+ARCHIVE_PREFIX = "vaesearch-pack-"
+ARCHIVE = re.compile(rf"{ARCHIVE_PREFIX}[0-9a-z_]+\.tar")
+SHORT_JOB_LOG = re.compile(r"job-driver-vaesearch-[0-9a-f]{12}\.log")
+"""The output of a `Jobs.run`, in Ray's folder; a study's is named after the study."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def fetch(jobs: Jobs, name: str, to: Path, say: Callable[[str], None] = lambda t
         while part and archive.tell() < header.size:
             say(f"{name}: {archive.tell() / 2**20:.0f} of {header.size / 2**20:.0f} MiB")
             rest = ["vaesearch", "pack", name, "--archive", header.archive, "--offset", str(archive.tell())]
-            part = base64.b64decode(_run(jobs, rest).strip().splitlines()[-1])
+            part = _next_part(_run(jobs, rest))
             archive.write(part)
         if _digest(archive) != header.sha256:
             raise OSError(f"{name}: damaged on the way here; fetch it again")
@@ -83,7 +87,7 @@ def pack(name: str, storage: str | None) -> Iterator[str]:
         raise InputError(f"{place}: lies behind a URL; read it there")
     if not (place / STUDY_FILE).is_file():
         raise InputError(f"{place}: the head of the cluster has no study there")
-    with tempfile.NamedTemporaryFile(prefix="vaesearch-", suffix=".tar", delete=False) as file:
+    with tempfile.NamedTemporaryFile(prefix=ARCHIVE_PREFIX, suffix=".tar", delete=False) as file:
         _write_archive(place, file)
         size = file.tell()
         yield HEADER + json.dumps(asdict(_Header(size, _digest(file), Path(file.name).name)))
@@ -180,6 +184,13 @@ def _first_part(said: str) -> tuple[_Header, bytes]:
     return _Header(**json.loads(lines[at].removeprefix(HEADER))), base64.b64decode(lines[at + 1])
 
 
+def _next_part(said: str) -> bytes:
+    lines = said.strip().splitlines()
+    if not lines:
+        raise JobFailed("the head of the cluster sent an empty part; fetch the study again")
+    return base64.b64decode(lines[-1])
+
+
 def _check_replaceable(target: Path, fetched: Study) -> None:
     """Raises InputError unless what is there, if anything, is an older copy of the same study."""
     restore_tree(target)
@@ -203,13 +214,19 @@ def _num_ended(study: Study) -> int:
 
 def _forget_old() -> None:
     """Free what former calls left on the head: archives of a fetch that was cut off, and the output of those that were
-    read, which Ray (2.60) keeps for as long as the cluster lives."""
+    read, which Ray (2.60) keeps for as long as the cluster lives. Those of another user stay."""
     old = time.time() - FORGOTTEN_AFTER_S
-    for file in Path(tempfile.gettempdir()).glob("vaesearch-*.tar"):
-        if file.stat().st_mtime < old:
-            file.unlink(missing_ok=True)
+    for file in _named(Path(tempfile.gettempdir()), ARCHIVE):
+        with contextlib.suppress(OSError):
+            if file.stat().st_mtime < old:
+                file.unlink()
     output = Path(os.readlink("/proc/self/fd/1")) if os.path.exists("/proc/self/fd/1") else Path()
     if output.name.startswith("job-driver-"):
-        for file in output.parent.glob("job-driver-vaesearch-*.log"):
-            if file.stat().st_mtime < old and file.stat().st_size > 2**20:
-                os.truncate(file, 0)
+        for file in _named(output.parent, SHORT_JOB_LOG):
+            with contextlib.suppress(OSError):
+                if file.stat().st_mtime < old and file.stat().st_size > 2**20:
+                    os.truncate(file, 0)
+
+
+def _named(folder: Path, names: re.Pattern[str]) -> list[Path]:
+    return [file for file in folder.glob("*vaesearch-*") if names.fullmatch(file.name)]

@@ -52,7 +52,7 @@ def _measure(spec: StudySpec, data: Dataset, nodes: list[Node]) -> list[Memory |
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    probe: Any = ray.remote(_peak_memory)
+    probe: Any = ray.remote(max_calls=1)(_peak_memory)  # then its worker ends, and frees what it holds of the GPU
     stored = ray.put(data)
     tasks = [
         probe.options(

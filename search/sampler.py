@@ -44,7 +44,7 @@ Curve = Mapping[int, float]
 """Epoch -> validation value."""
 
 SlotsFor = Callable[[int, int], int]
-"""Trials that could be under way, trials that are -> how many may be: see `cluster.shares`."""
+"""Trials that could be under way, trials that have a worker -> how many may be under way: see `cluster.shares`."""
 
 
 @dataclass
@@ -110,8 +110,7 @@ class StudySearcher(Searcher):
         return self.spec.resources.gpus(self.packing)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        under_way, to_come = len(self._live), 0 if self.gave_up else self._num_to_come
-        self.is_holding_back = under_way >= self.slots_for(under_way + to_come, under_way) and to_come > 0
+        self.claim()
         if self.is_holding_back:
             self.while_waiting()
             return None
@@ -139,6 +138,12 @@ class StudySearcher(Searcher):
         for listener in self.events:
             listener.trial_started(live.row)
         return live.config
+
+    def claim(self) -> None:
+        """Tell the others on the cluster what could be used, and hear whether more trials may begin. Cheap."""
+        under_way, to_come = len(self._live), 0 if self.gave_up else self._num_to_come
+        at_work = sum(live.attempt.placed_at is not None for live in self._live.values())
+        self.is_holding_back = under_way >= self.slots_for(under_way + to_come, at_work) and to_come > 0
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         self._take(self._live[trial_id], result)
@@ -214,10 +219,13 @@ class StudySearcher(Searcher):
 
     def _unpacked(self, live: _Live) -> bool:
         """True where a trial that ran out of memory gets a larger part of a GPU, as do all that begin from now on."""
-        if self.packing is None or self.packing.trials == 1:
+        if self.packing is None:
             return False
-        if live.gpus == self.packing.share:  # else others that ran out of it had the same thought
-            self.packing = self.packing.with_fewer()
+        if live.gpus < self.packing.share:  # others that ran out of it had the same thought
+            return True
+        if self.packing.trials == 1:
+            return False
+        self.packing = self.packing.with_fewer()
         return True
 
     def _begin_attempt(self, live: _Live) -> None:

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from cluster.head import head_watched
 from cluster.resources import Packing, PlacementError, fitting_trials
-from cluster.runtime import Runtime, environment, ray_runtime
+from cluster.runtime import Runtime, environment, ray_runtime, replaced
 from cluster.shares import Shares
 from search.checkpoints import CheckpointStore
 from search.checks import check_batches, check_model, check_space, same_study
@@ -115,7 +115,7 @@ def run_study(
             if stored is None or spec != stored.spec:
                 with _failing_clearly(path):
                     write_study_file(path, spec, _provenance(spec, data, stored))
-            with _fair_share(spec.name, concurrency, has_others) as slots_for:
+            with _fair_share(spec, concurrency, packing, runtime if has_others else None) as slots_for:
                 driver = _Driver(spec, data, path, concurrency, slots_for, packing, lease, interrupts, events, say)
                 driver.search()
                 if spec.finalists.confirm:
@@ -158,24 +158,33 @@ def _concurrency(spec: StudySpec, runtime: Runtime, packing: Packing | None) -> 
     """How many trials run at once. Raises InputError if the cluster cannot hold one."""
     asked = spec.resources
     try:
-        return fitting_trials(
-            runtime,
-            cpus_per_trial=asked.cpus_per_trial,
-            gpus_per_trial=spec.resources.gpus(packing),
-            wanted=None if asked.concurrency == "auto" else asked.concurrency,
-            is_growing=asked.autoscaling,
-        )
+        return _fitting(spec, runtime, packing, None if asked.concurrency == "auto" else asked.concurrency)
     except PlacementError as error:
         raise InputError(str(error)) from None
 
 
+def _fitting(spec: StudySpec, runtime: Runtime, packing: Packing | None, wanted: int | None) -> int:
+    return fitting_trials(
+        runtime,
+        cpus_per_trial=spec.resources.cpus_per_trial,
+        gpus_per_trial=spec.resources.gpus(packing),
+        wanted=wanted,
+        is_growing=spec.resources.autoscaling,
+    )
+
+
 @contextlib.contextmanager
-def _fair_share(study: str, concurrency: int, has_others: bool) -> Iterator["SlotsFor"]:
-    """How many trials may be under way: on a cluster that others use, too, not always all that fit."""
-    if not has_others:
-        yield lambda wanted, under_way: concurrency
+def _fair_share(
+    spec: StudySpec, concurrency: int, packing: Packing | None, shared: Runtime | None
+) -> Iterator["SlotsFor"]:
+    """How many trials may be under way: on a cluster that others use, too, not always all that fit.
+
+    shared: None where nobody else is. A cluster that grows is not shared out: it grows for each.
+    """
+    if shared is None or spec.resources.autoscaling:
+        yield lambda wanted, at_work: concurrency
         return
-    shares = Shares(study, concurrency)
+    shares = Shares(spec.name, _fitting(spec, shared, packing, None), concurrency)
     try:
         yield shares.slots_for
     finally:
@@ -241,8 +250,7 @@ class _Driver:
         contents, ledger = self._open_ledger()
         with self._at_work(ledger, FINAL_CHECKPOINTS_FOLDER) as server:
             rows, finals = contents.trials, contents.finals
-            gpus = self.spec.resources.gpus(self.packing)
-            confirmation = Confirmation(self.spec, self.data, ledger, server, rows, finals, self.events, gpus)
+            confirmation = Confirmation(self.spec, self.data, ledger, server, rows, finals, self.events, self.packing)
             watchdog = Watchdog(self.spec.budget.stall_timeout_s, ray.kill, knows_of_queues=False)
             rounds = self._rounds(ledger, server, watchdog, confirmation.stalled, confirmation.drop_unneeded)
             confirmation.run(rounds, self.slots_for)
@@ -313,6 +321,7 @@ def _fit(
     """The one place that knows Ray Tune's controller."""
     from ray import tune
     from ray.exceptions import RayError
+    from ray.tune.execution.tune_controller import TuneController
     from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
     from search.trial import VaeTrial
@@ -342,6 +351,7 @@ def _fit(
     class StepCallback(tune.Callback):
         def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
             rounds()
+            searcher.claim()
 
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             rounds.watchdog.started(trial.trial_id, trial.config["trial"], trial.temporary_state.ray_actor)
@@ -382,7 +392,10 @@ def _fit(
                 verbose=0,
             ),
         )
-        tuner.fit()
+        ask = TuneController._update_trial_queue
+        # Where nothing may begin yet, Tune (2.60) would ask for a trial for ten minutes and do nothing else meanwhile.
+        with replaced(TuneController, _update_trial_queue=lambda self, blocking=False, timeout=600: ask(self)):
+            tuner.fit()
 
 
 def _curves(epochs: pa.Table) -> Mapping[int, "Curve"]:

@@ -10,7 +10,7 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib.metadata import version
@@ -23,7 +23,7 @@ from cluster.jobs import UPLOAD_LIMIT_BYTES, AddressRefused, Job, JobExists, Job
 from cluster.tokens import TokenUnreadable
 from search.checks import check_batches, check_model
 from search.results import STUDY_FILE
-from search.spec import StudySpec
+from search.spec import NO_IDENTITY, StudySpec
 from vae.config import InputError
 from vae.data import load_data
 from vae.readers import IDX_SOURCES, SOURCES, find_idx
@@ -84,12 +84,12 @@ def submit(jobs: Jobs, spec: StudySpec, *, extend: int = 0, data_on_cluster: boo
     if former is not None and not _is_study(former):
         raise InputError(f"{spec.name}: a job of that name is there, and is no study; use another --name")
     if former is not None and not former.has_ended:
-        return _same(former, spec, extend), False
+        return _same(former, spec, extend, data_on_cluster), False
     with tempfile.TemporaryDirectory(prefix="vaesearch-") as folder:
         write_package(spec, Path(folder), data_on_cluster)
-        if former is not None:
-            jobs.delete(spec.name)
         try:
+            if former is not None:
+                jobs.delete(spec.name)
             job = jobs.submit(
                 spec.name,
                 _entrypoint(spec, extend),
@@ -176,6 +176,12 @@ def stop(jobs: Jobs, job_id: str) -> bool | None:
     return not said or any(line.startswith(IS_STOPPED) for line in said[-3:])
 
 
+def unheeded(job: Job, spec: StudySpec) -> list[str]:
+    """The keys with which the spec would have run otherwise than the job of the same study that is at work."""
+    theirs = json.loads(job.metadata.get("settings", "{}"))
+    return sorted(key for key, value in _settings(spec).items() if key in theirs and theirs[key] != value)
+
+
 def identity_hash(spec: StudySpec) -> str:
     """What makes two specs the same study, in short."""
     return hashlib.sha256(json.dumps(spec.identity(), sort_keys=True).encode()).hexdigest()[:16]
@@ -193,12 +199,18 @@ def _local(time: datetime) -> str:
     return time.astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
-def _same(job: Job, spec: StudySpec, extend: int) -> Job:
+def _same(job: Job, spec: StudySpec, extend: int, data_on_cluster: bool) -> Job:
     """The running job, if it is of that very study. Raises InputError."""
     if job.metadata.get("identity") != identity_hash(spec):
         raise InputError(
             f"{spec.name}: a job of that name is {job.state}, and its study is another one; "
             f"use another --name, or `vaesearch stop {spec.name}` first"
+        )
+    ours, theirs = _data_metadata(spec, data_on_cluster), job.metadata
+    if _data_key(ours) != _data_key(theirs):
+        raise InputError(
+            f"{spec.name}: is {job.state}, and searches on {_data_label(theirs)}, not on {_data_label(ours)}; "
+            f"use another --name"
         )
     storage = job.metadata.get("storage", "")
     if storage != (storage_elsewhere(spec) or ""):
@@ -216,8 +228,45 @@ def _metadata(spec: StudySpec, data_on_cluster: bool) -> dict[str, str]:
         "study": spec.name,
         "identity": identity_hash(spec),
         "storage": storage_elsewhere(spec) or "",
-        "data": f"{spec.data.source} (on the cluster)" if data_on_cluster else spec.data.source,
+        "settings": json.dumps(_settings(spec)),
+        **_data_metadata(spec, data_on_cluster),
     }
+
+
+def _settings(spec: StudySpec) -> dict[str, object]:
+    """What may change from one run of a study to the next, but for where its data and results lie."""
+    values = spec.model_dump(mode="json")
+    keys = [(section, key) for section in ("resources", "export", "finalists", "storage") for key in values[section]]
+    places = (("data", "source"), ("data", "data_dir"), ("storage", "path"))
+    return {
+        f"{section}.{key}": values[section][key]
+        for section, key in [*keys, *NO_IDENTITY]
+        if (section, key) not in places
+    }
+
+
+def _data_metadata(spec: StudySpec, data_on_cluster: bool) -> dict[str, str]:
+    """The data's name, and the digest of what is sent of them, if anything. Raises InputError."""
+    folder = "" if spec.data.data_dir is None else f" of {spec.data.data_dir}"
+    digest = hashlib.sha256()
+    files = _files_to_send(spec, data_on_cluster)
+    for file in files:
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return {
+        "data": f"{spec.data.source}{folder}{' (on the cluster)' if data_on_cluster else ''}",
+        "data_sha256": digest.hexdigest() if files else "",
+    }
+
+
+def _data_key(metadata: Mapping[str, str]) -> str:
+    """The same for the same data: by their content where they were sent, else by their name on the cluster."""
+    return metadata.get("data_sha256") or metadata.get("data", "")
+
+
+def _data_label(metadata: Mapping[str, str]) -> str:
+    digest = metadata.get("data_sha256", "")
+    return metadata.get("data", "other data") + (f" (SHA-256 {digest[:12]})" if digest else "")
 
 
 def _entrypoint(spec: StudySpec, extend: int) -> str:
@@ -240,21 +289,31 @@ def write_package(spec: StudySpec, folder: Path, data_on_cluster: bool) -> None:
     values = spec.dump()
     values["storage"].pop("path")
     is_named = spec.data.source in SOURCES
+    files = _files_to_send(spec, data_on_cluster)
     if data_on_cluster:
         _check_absolute(spec.data.source if not is_named else spec.data.data_dir)
     elif not is_named:
-        values["data"]["source"] = _pack(spec, [_existing_file(spec.data.source)], folder)
+        values["data"]["source"] = _pack(spec, files, folder)
     elif spec.data.data_dir is not None and spec.data.source in IDX_SOURCES:
-        files = find_idx(spec.data.source, spec.data.data_dir)
-        values["data"]["data_dir"] = str(Path(_pack(spec, files or [], folder)).parent)
+        values["data"]["data_dir"] = str(Path(_pack(spec, files, folder)).parent)
     (folder / STUDY_FILE).write_text(tomli_w.dumps(values), encoding="utf-8")
+
+
+def _files_to_send(spec: StudySpec, data_on_cluster: bool) -> list[Path]:
+    """The data, if they are files of this machine. Raises InputError."""
+    data, files = spec.data, []
+    if not data_on_cluster and data.source not in SOURCES:
+        files = [_existing_file(data.source)]
+    elif not data_on_cluster and data.data_dir is not None and data.source in IDX_SOURCES:
+        files = find_idx(data.source, data.data_dir) or []
+    size = sum(file.stat().st_size for file in files)
+    if size > DATA_LIMIT_BYTES:
+        raise _too_large(data.source, f"{size / 2**20:,.0f} MiB are more than can be sent")
+    return files
 
 
 def _pack(spec: StudySpec, files: list[Path], folder: Path) -> str:
     """Check the data here, where an error costs seconds, and put them beside the study file. The last one's place."""
-    size = sum(file.stat().st_size for file in files)
-    if size > DATA_LIMIT_BYTES:
-        raise _too_large(spec.data.source, f"{size / 2**20:,.0f} MiB are more than can be sent")
     data = load_data(spec.data_config())
     check_model(spec, data)
     check_batches(spec, data)

@@ -4,6 +4,7 @@ A driver that something ended by a signal goes on from the ledger, as after any 
 says; else where the cluster's VAESEARCH_STORAGE says; else in the home folder of the head.
 """
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -22,13 +23,15 @@ VAESEARCH = (sys.executable, "-m", "search.cli")
 STORAGE_VARIABLE = "VAESEARCH_STORAGE"
 DEFAULT_STORAGE = "~/vaesearch-studies"
 SUPERVISED_VARIABLE = "VAESEARCH_SUPERVISED"
-"""Set for the driver: what its user typed to start it is another command."""
+"""The supervisor's process id, set for the driver: what its user typed to start that is another command."""
 
 MAX_FRUITLESS_ENDS = 4
 RESTART_AFTER_S = 1.0  # doubled with each end without progress
-FORWARD_AFTER_S = 10.0
+FORWARD_AFTER_S = 60.0
+"""Longer than a driver takes to write all it knows: one that has heard the first signal leaves at once at a second."""
 POLL_EVERY_S = 0.2
 ON_PURPOSE = (signal.SIGTERM, signal.SIGINT)
+PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
 def storage_on_cluster(asked: str | None) -> str:
@@ -42,6 +45,18 @@ def supervise(study_file: Path, storage: str | None, extend: int, say: Callable[
     Raises InputError.
     """
     return _Supervisor(study_file, storage_on_cluster(storage), extend, say).run()
+
+
+def end_with_supervisor() -> None:
+    """In the driver: be asked to end as soon as the supervisor is gone, which kill -9 lets tell nobody.
+
+    Left alone, it would hold the study's lease against the next submit. Linux alone can do so; elsewhere it is left.
+    """
+    if SUPERVISED_VARIABLE not in os.environ or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(os.environ[SUPERVISED_VARIABLE]):  # it was gone before
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 class _Supervisor:
@@ -77,7 +92,7 @@ class _Supervisor:
         missing = self._goal - _trials_asked(self._path) if self._goal else 0
         extension = ["--extend", str(missing)] if missing > 0 else []
         command = ["run", str(self._file), "--storage", self._storage, "--address", "auto", *extension]
-        return subprocess.Popen([*VAESEARCH, *command], env=os.environ | {SUPERVISED_VARIABLE: "1"})
+        return subprocess.Popen([*VAESEARCH, *command], env=os.environ | {SUPERVISED_VARIABLE: str(os.getpid())})
 
     def _wait(self, driver: subprocess.Popen[bytes]) -> int:
         """Its return code. To stop a job, Ray (2.60) signals the driver as well, and a second signal would end that

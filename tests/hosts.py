@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 HOME = "/home/user"
-TOOLS = ("ip", "mount", "nsenter", "pivot_root", "setpriv", "unshare")
+TOOLS = ("hostname", "ip", "mount", "nsenter", "pgrep", "pivot_root", "setpriv", "unshare")
 READ_ONLY = ("/bin", "/etc", "/lib", "/lib64", "/opt", "/sbin", "/usr")
 """What programs need of the machine; Python's own places and this project's come to it."""
 

@@ -3,8 +3,9 @@
 import time
 
 import pytest
+from ray._private import services
 
-from cluster.head import ClusterUnreachable, find_head, is_loopback
+from cluster.head import ClusterUnreachable, asks_for_token, find_head, host_and_port, is_loopback
 
 
 def test_a_head_that_lets_us_in_is_told_from_one_that_refuses_our_token(ray_here, monkeypatch):
@@ -26,6 +27,32 @@ def test_where_no_head_is_that_is_known_at_once(monkeypatch):
     with pytest.raises(ClusterUnreachable, match=r"127\.0\.0\.1:1.* does not answer: .*\n.*ray start --head"):
         find_head("127.0.0.1:1")
     assert time.monotonic() - started < 20
+
+
+def test_a_token_is_used_where_the_head_asks_for_one_alone(ray_here):
+    import ray
+
+    assert asks_for_token(ray.get_runtime_context().gcs_address)
+    assert not asks_for_token("127.0.0.1:1")  # nobody is there
+
+
+def test_a_private_ray_is_no_cluster_to_join(monkeypatch):
+    with pytest.raises(ClusterUnreachable, match="local is no cluster to join"):
+        find_head("local")
+
+
+def test_the_dashboard_in_the_environment_is_not_taken_for_the_cluster_of_this_machine(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda folder: "127.0.0.1:1")
+    with pytest.raises(ClusterUnreachable, match=r"auto \(127.0.0.1:1\) does not answer"):
+        find_head("auto")
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"), [("10.0.0.1:6379", ("10.0.0.1", 6379)), ("[fd00::1]:6379", ("fd00::1", 6379))]
+)
+def test_host_and_port_are_those_that_a_socket_takes(address, expected):
+    assert host_and_port(address) == expected
 
 
 def test_an_address_of_another_kind_is_refused_with_the_command_that_takes_it():

@@ -2,6 +2,7 @@
 
 import contextlib
 import http.server
+import json
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from clusters import free_ports
 
 import cluster.jobs
 from cluster.head import ClusterUnreachable
-from cluster.jobs import AccessDenied, AddressRefused, Job, Jobs, UploadTooLarge, VersionMismatch, own_output
+from cluster.jobs import AccessDenied, AddressRefused, Job, JobExists, Jobs, UploadTooLarge, VersionMismatch, own_output
 
 SECRET = "0123456789abcdef"
 HTML = ("text/html", b"<p>hello</p>")
@@ -41,6 +42,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(content)
+
+    def do_DELETE(self) -> None:
+        """As Ray does where a job has not ended."""
+        self.send_error(500)
 
     def log_message(self, format: str, *args: object) -> None: ...
 
@@ -173,6 +178,17 @@ def test_major_and_minor_version_of_ray_must_be_ours(monkeypatch, theirs, fits):
     with serving(content=("application/json", f'{{"ray_version": "{theirs}"}}'.encode())) as server:
         with contextlib.nullcontext() if fits else pytest.raises(VersionMismatch, match=theirs):
             Jobs(server.url).check_version()
+
+
+@pytest.mark.parametrize(
+    ("state", "refused", "said"),
+    [("RUNNING", JobExists, "study is RUNNING"), ("FAILED", ClusterUnreachable, "HTTP status 500")],
+)
+def test_a_job_that_is_at_work_is_told_from_a_server_that_fails(state, refused, said):
+    job = {"submission_id": "study", "status": state, "entrypoint": ""}
+    with serving(content=("application/json", json.dumps(job).encode())) as server:
+        with pytest.raises(refused, match=said):
+            Jobs(server.url).delete("study")
 
 
 # ---- what is sent and said

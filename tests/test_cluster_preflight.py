@@ -56,7 +56,7 @@ HEAD, ONE, TWO = a_node("head", cpus=0), a_node("one"), a_node("two")
 CLUSTER = Runtime("10.0.0.1:6379", (HEAD, ONE, TWO))
 
 
-def all_say(runtime: Runtime = CLUSTER, answer: Answer = HERE, **others: Answer | Silence) -> Answers:
+def all_say(runtime: Runtime = CLUSTER, answer: Answer | Silence = HERE, **others: Answer | Silence) -> Answers:
     """The same of every node, but for some by their names."""
     return {node.node_id: others.get(node.host, answer) for node in runtime.nodes}
 
@@ -73,12 +73,12 @@ def test_all_is_well_where_every_node_says_what_the_driver_is(monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # here; no token of this machine's user has a part in it
     answers = all_say()
     checks = [
-        *check_answers(CLUSTER, answers),
+        *check_answers(CLUSTER, [ONE, TWO], answers),
         *check_versions(CLUSTER, answers),
         *check_package([ONE, TWO], answers),
         *check_token(CLUSTER, answers),
         *check_placement(CLUSTER, Asked()),
-        *check_gpus(CLUSTER, answers),
+        *check_gpus([ONE, TWO], answers, are_asked_for=False),
         *check_memory([ONE, TWO], answers, data_bytes=2**20),
         *check_clocks(CLUSTER, answers),
     ]
@@ -88,17 +88,62 @@ def test_all_is_well_where_every_node_says_what_the_driver_is(monkeypatch):
     assert "on all 3 nodes" in checks[1].what
 
 
-def test_a_node_that_did_not_answer_is_a_failure_that_names_it():
-    check = the_one(check_answers(CLUSTER, all_say(two=Silence("no answer within 20 s"))))
-    assert (check.name, check.verdict) == ("nodes", "failed")
+SILENT = Silence("no answer within 20 s")
+
+
+def test_a_node_that_did_not_answer_is_a_warning_that_names_it_while_another_takes_its_trials():
+    check = the_one(check_answers(CLUSTER, [ONE, TWO], all_say(two=SILENT)))
+    assert (check.name, check.verdict) == ("nodes", "warning")
     assert check.what == "two (10.0.0.5, two00000): no answer within 20 s"
+    assert "its trials go elsewhere" in check.mend
+
+
+def test_where_no_node_that_can_hold_a_trial_answered_that_is_a_failure():
+    check = the_one(check_answers(CLUSTER, [ONE, TWO], all_say(one=SILENT, two=SILENT)))
+    assert check.verdict == "failed"
+    assert "one (" in check.what
+    assert "two (" in check.what
     assert check.mend
 
 
+def test_a_silent_node_that_gets_no_trial_is_a_warning():
+    assert the_one(check_answers(CLUSTER, [ONE, TWO], all_say(head=SILENT))).verdict == "warning"
+
+
+def test_a_node_on_which_the_probe_itself_fails_is_a_failure_beside_others_that_answer():
+    broken = Silence("TypeError: code() argument 13 must be str, not int", is_broken=True)
+    assert the_one(check_answers(CLUSTER, [ONE, TWO], all_say(two=broken))).verdict == "failed"
+    assert the_one(check_answers(CLUSTER, [ONE], all_say(two=broken))).verdict == "warning"
+
+
+@pytest.mark.parametrize("nodes", [(HEAD,), (HEAD, ONE)])
+@pytest.mark.parametrize("head", [HERE, SILENT])
+def test_nothing_fails_in_a_cluster_that_is_to_grow_for_lack_of_workers(monkeypatch, nodes, head):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    runtime = Runtime("10.0.0.1:6379", nodes)
+    answers = all_say(runtime, head=head, one=SILENT)
+    asked = Asked(gpus=None, at_once=8, is_growing=True)
+    checks = [
+        *check_answers(runtime, nodes[1:], answers, is_growing=True),
+        *check_versions(runtime, answers),
+        *check_package(nodes[1:], answers),
+        *check_token(runtime, answers),
+        *check_placement(runtime, asked),
+        *check_gpus(nodes[1:], answers, are_asked_for=True),
+        *check_memory(nodes, answers, data_bytes=2**20),
+        *check_clocks(runtime, answers),
+    ]
+    assert [check for check in checks if check.verdict == "failed"] == []
+
+
 def test_what_a_silent_node_is_like_is_not_guessed():
-    answers = all_say(two=Silence("no answer within 20 s"))
+    answers = all_say(two=SILENT)
     assert the_one(check_versions(CLUSTER, answers)).verdict == "ok"
     assert the_one(check_clocks(CLUSTER, answers)).verdict == "ok"
+
+
+def test_where_no_node_answered_nothing_is_said_of_its_token(without_token):
+    assert check_token(CLUSTER, all_say(answer=SILENT)) == []
 
 
 @pytest.mark.parametrize(
@@ -147,16 +192,21 @@ def test_many_nodes_with_one_fault_are_one_line():
 OPEN = replace(HERE, asks_for_token=False)
 
 
-def test_a_cluster_that_others_reach_and_that_asks_for_no_token_is_a_failure(monkeypatch):
-    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+@pytest.fixture
+def without_token(tmp_path, monkeypatch) -> None:
+    for variable in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def test_a_cluster_that_others_reach_and_that_asks_for_no_token_is_a_failure(without_token):
     check = the_one(check_token(CLUSTER, all_say(answer=OPEN)))
     assert check.verdict == "failed"
     assert "can run any program" in check.what
     assert "ray get-auth-token --generate" in check.mend
 
 
-def test_one_open_node_is_enough_to_fail(monkeypatch):
-    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+def test_one_open_node_is_enough_to_fail(without_token):
     check = the_one(check_token(CLUSTER, all_say(two=OPEN)))
     assert check.verdict == "failed"
     assert "two" in check.what
@@ -167,12 +217,24 @@ def test_who_has_switched_the_token_off_on_purpose_is_only_warned(monkeypatch):
     assert the_one(check_token(CLUSTER, all_say(answer=OPEN))).verdict == "warning"
 
 
-def test_a_cluster_on_loopback_without_a_token_is_a_warning(monkeypatch):
-    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+def test_a_cluster_on_loopback_without_a_token_is_a_warning(without_token):
     inside = Runtime("127.0.0.1:6379", tuple(replace(node, address="127.0.0.1") for node in CLUSTER.nodes))
     check = the_one(check_token(inside, all_say(inside, OPEN)))
     assert check.verdict == "warning"
     assert "every user of this machine" in check.what
+
+
+def test_a_token_that_is_here_and_that_the_cluster_does_not_ask_for_is_a_warning(without_token, tmp_path, monkeypatch):
+    file = tmp_path / "token"
+    file.touch(mode=0o600)
+    file.write_text("a" * 64)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(file))
+    is_open, unasked = check_token(CLUSTER, all_say(answer=OPEN))
+    assert is_open.verdict == "failed"
+    assert (unasked.name, unasked.verdict) == ("token", "warning")
+    assert unasked.what == f"{file} has a token here, the cluster asks for none"
+    assert "RAY_AUTH_MODE=token" in unasked.mend
+    assert the_one(check_token(CLUSTER, all_say(two=OPEN))).verdict == "failed"  # the others ask for it
 
 
 @pytest.mark.parametrize(("mode", "verdict"), [(0o600, "ok"), (0o400, "ok"), (0o640, "warning"), (0o604, "warning")])
@@ -236,7 +298,7 @@ GPU = Runtime("10.0.0.1:6379", (ONE, a_node("gpu", gpus=2)))
 
 
 def test_gpus_that_ray_and_torch_both_see_are_counted():
-    check = the_one(check_gpus(GPU, all_say(GPU, gpu=replace(HERE, torch=CUDA))))
+    check = the_one(check_gpus(GPU.nodes, all_say(GPU, gpu=replace(HERE, torch=CUDA)), are_asked_for=True))
     assert check.verdict == "ok"
     assert "2 GPUs" in check.what
 
@@ -245,29 +307,39 @@ def test_gpus_that_ray_and_torch_both_see_are_counted():
     ("torch", "verdict", "words"),
     [
         (Torch("2.13.0+cpu", None, 0), "warning", "built for CPUs: trials would train on the CPU; install a torch"),
-        (replace(CUDA, gpus=0), "warning", "sees none: trials would train on the CPU; see what `nvidia-smi`"),
-        (replace(CUDA, gpus=1), "warning", "sees 1: trials would train on the CPU; see what `nvidia-smi`"),
+        (replace(CUDA, gpus=0), "failed", "sees none: trials would train on the CPU; see what `nvidia-smi`"),
+        (replace(CUDA, gpus=1), "failed", "sees 1: trials would train on the CPU; see what `nvidia-smi`"),
         (replace(CUDA, gpus=4), "warning", "sees 4: some stand idle; start Ray there with --num-gpus=4"),
         (Torch(error="ImportError: libcudart.so.12"), "failed", "ImportError: libcudart.so.12"),
+        (Torch(error="no answer within 15 s", is_late=True), "warning", "torch cannot say yet: no answer within 15 s"),
     ],
 )
-def test_gpus_on_which_ray_and_torch_do_not_agree_are_told_with_what_trials_would_do(torch, verdict, words):
-    check = the_one(check_gpus(GPU, all_say(GPU, gpu=replace(HERE, torch=torch))))
+def test_gpus_on_which_ray_and_torch_do_not_agree_fail_only_where_trials_ask_for_what_is_not_there(
+    torch, verdict, words
+):
+    answers = all_say(GPU, gpu=replace(HERE, torch=torch))
+    check = the_one(check_gpus(GPU.nodes, answers, are_asked_for=True))
     assert check.verdict == verdict
     assert check.what.startswith("gpu (")
     assert "Ray sees 2 GPUs" in check.what
     assert words in f"{check.what}; {check.mend}"
+    assert the_one(check_gpus(GPU.nodes, answers, are_asked_for=False)).verdict == "warning"
+
+
+def test_gpus_of_a_node_that_gets_no_trial_are_not_looked_at():
+    answers = all_say(GPU, gpu=replace(HERE, torch=Torch(error="No module named 'torch'")))
+    assert the_one(check_gpus([ONE], answers, are_asked_for=True)).verdict == "ok"
 
 
 def test_gpus_that_ray_does_not_offer_are_told():
-    check = the_one(check_gpus(CLUSTER, all_say(one=replace(HERE, torch=CUDA))))
+    check = the_one(check_gpus([ONE, TWO], all_say(one=replace(HERE, torch=CUDA)), are_asked_for=False))
     assert check.verdict == "warning"
     assert "Ray sees 0 GPUs" in check.what
     assert "--num-gpus=2" in check.mend
 
 
 def test_no_gpu_anywhere_is_no_fault():
-    assert the_one(check_gpus(CLUSTER, all_say())).verdict == "ok"
+    assert the_one(check_gpus([ONE, TWO], all_say(), are_asked_for=False)).verdict == "ok"
 
 
 def test_data_that_an_object_store_cannot_hold_are_a_failure_with_the_size_that_would_do():
@@ -300,11 +372,10 @@ def test_data_that_could_not_be_read_are_not_measured_against_memory():
         ((-3.0, 1.0), "ok", ""),  # a slow trip proves nothing
         ((3.0, 5.0), "warning", "3 s ahead"),
         ((-9.0, -4.0), "warning", "4 s behind"),
-        ((31.0, 33.0), "failed", "31 s ahead"),
-        ((-99.0, -90.0), "failed", "90 s behind"),
+        ((-99.0, -90.0), "warning", "90 s behind"),  # the driver's may be the wrong one
     ],
 )
-def test_clocks_are_judged_by_how_far_they_are_off_at_the_least(ahead_s, verdict, words):
+def test_clocks_are_judged_by_how_far_they_are_off_at_the_least_and_never_fail(ahead_s, verdict, words):
     check = the_one(check_clocks(CLUSTER, all_say(two=replace(HERE, clock_s=ahead_s))))
     assert check.verdict == verdict
     assert words in check.what
@@ -372,6 +443,18 @@ def test_a_node_that_is_gone_is_told_and_not_waited_for(ray_here):
     silence = answers[gone.node_id]
     assert isinstance(silence, Silence)
     assert silence.reason
+    assert not silence.is_broken
+
+
+def test_a_node_on_which_the_probe_raises_is_told_from_one_that_is_silent(ray_here, monkeypatch):
+    def broken(has_gpus: bool) -> None:
+        raise TypeError("odd")
+
+    monkeypatch.setattr(cluster.preflight, "_look", lambda: broken)
+    (silence,) = ask_nodes(ray_here.nodes).values()
+    assert isinstance(silence, Silence)
+    assert silence.is_broken
+    assert "odd" in silence.reason
 
 
 def test_a_clock_that_a_slow_first_trip_leaves_open_is_read_again(ray_here, monkeypatch):
@@ -478,7 +561,7 @@ def test_on_a_cluster_each_node_is_named_for_what_is_wrong_with_it(tmp_path):
     assert len(found) == len([check for check in checks if check.verdict != "ok"])
     wrong = {key: [node for node, mark in short.items() if mark in check.what] for key, check in found.items()}
     assert wrong == {
-        ("nodes", "failed"): ["stopped"],
+        ("nodes", "warning"): ["stopped"],
         ("versions", "failed"): ["without"],
         ("memory", "failed"): ["tight"],
         ("gpus", "warning"): ["gpus"],

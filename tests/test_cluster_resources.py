@@ -118,7 +118,10 @@ def test_a_trial_fits_on_one_node_or_not_at_all():
 
 
 def test_a_cluster_that_grows_is_asked_for_all_that_is_wanted():
-    assert fitting_trials(runtime((0, 0)), cpus_per_trial=2, gpus_per_trial=1, wanted=30, is_growing=True) == 30
+    asked = {"cpus_per_trial": 2, "gpus_per_trial": 1, "wanted": 30, "is_growing": True}
+    assert fitting_trials(runtime((0, 0), address="10.0.0.5:6379"), **asked) == 30
+    with pytest.raises(PlacementError):  # a Ray of this machine alone does not grow
+        fitting_trials(runtime((2, 0)), **asked)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_a_slot_that_not_all_can_have_goes_round():
 def test_drivers_hear_of_each_other_on_a_real_cluster_and_forget_who_is_gone(ray_here, monkeypatch):
     monkeypatch.setattr(shares, "BEAT_S", 0.0)
     monkeypatch.setattr(shares, "GONE_AFTER_S", 0.2)
-    big, small = Shares("big", 4), Shares("small", 4)
+    big, small = Shares("big", 4, 4), Shares("small", 4, 4)
     assert big.slots_for(100, 0) == 4
     assert small.slots_for(1, 0) == 1
     assert big.slots_for(100, 4) == 3
@@ -65,7 +65,7 @@ def test_drivers_hear_of_each_other_on_a_real_cluster_and_forget_who_is_gone(ray
     assert big.slots_for(100, 3) == 2
     small.leave()
     assert big.slots_for(100, 2) == 4
-    killed = Shares("killed", 4)
+    killed = Shares("killed", 4, 4)
     assert killed.slots_for(100, 0) == 2
     assert big.slots_for(100, 4) == 2
     deadline = time.monotonic() + 5
@@ -78,13 +78,23 @@ def test_drivers_hear_of_each_other_on_a_real_cluster_and_forget_who_is_gone(ray
 
 def test_who_comes_late_does_not_catch_up_on_what_he_missed(ray_here, monkeypatch):
     monkeypatch.setattr(shares, "BEAT_S", 0.0)
-    first = Shares("first", 1)
+    first = Shares("first", 1, 1)
     first.slots_for(9, 0)
     time.sleep(0.3)
     first.slots_for(9, 1)
-    late = Shares("late", 1)
+    late = Shares("late", 1, 1)
     late.slots_for(9, 0)
     time.sleep(0.05)
     assert late._claim.used_s >= 0.25
     first.leave()
     late.leave()
+
+
+def test_a_study_with_a_limit_of_its_own_leaves_the_rest_to_the_others(ray_here, monkeypatch):
+    monkeypatch.setattr(shares, "BEAT_S", 0.0)
+    limited, free = Shares("limited", 16, 4), Shares("free", 16, 16)
+    assert limited.slots_for(100, 0) == 4
+    assert free.slots_for(100, 0) == 12
+    assert limited.slots_for(100, 4) == 4
+    limited.leave()
+    free.leave()

@@ -281,6 +281,7 @@ def test_out_of_memory_on_a_shared_gpu_means_a_larger_share_for_it_and_all_that_
     other, config = desk.ask()
     assert (config["trial"], config["gpus"]) == (1, 0.5)
     desk.end(again, result(curve(1, 6), final=True))
+    desk.searcher.packing = Packing(1)  # somebody else ran out of it at the same share, and was first
     desk.end(other, result({}, status="oom"))
     alone, config = desk.ask()
     assert (config["trial"], config["gpus"]) == (1, 1.0)
@@ -302,15 +303,16 @@ def test_out_of_memory_on_a_shared_gpu_means_a_larger_share_for_it_and_all_that_
 def test_a_study_starts_no_more_than_its_share_and_goes_on_when_there_is_room(desk):
     share, asked = 2, []
 
-    def slots_for(wanted: int, under_way: int) -> int:
-        asked.append((wanted, under_way))
+    def slots_for(wanted: int, at_work: int) -> int:
+        asked.append((wanted, at_work))
         return share
 
     desk.searcher.slots_for = slots_for
     one, two = desk.ask(), desk.ask()
+    desk.searcher.placed(one[0])
     assert desk.searcher.suggest("more") is None
     assert desk.searcher.is_holding_back
-    assert asked[-1] == (desk.spec.budget.trials, 2)
+    assert asked[-1] == (desk.spec.budget.trials, 1)  # who waits for a worker has had nothing yet
     desk.end(one[0], result(curve(1, 6), final=True))
     assert desk.ask()[1]["trial"] == 2
     share = 0  # somebody else's turn

@@ -11,6 +11,7 @@ import sys
 import tarfile
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,13 @@ from typer.testing import CliRunner
 
 import search.fetch
 import search.submit
-from cluster.jobs import Job, JobFailed
+from cluster.jobs import Job, JobExists, JobFailed
 from search import cli
 from search.fetch import FORGOTTEN_AFTER_S, fetch, pack, pack_on, unpack
 from search.lease import Lease, LeaseHeld
 from search.results import open_study, write_study_file
 from search.spec import StudySpec
-from search.submit import STUDY_FILE, identity_hash
+from search.submit import STUDY_FILE, identity_hash, submit, unheeded
 from vae.config import InputError
 
 
@@ -149,7 +150,102 @@ def test_where_results_go_is_told_if_it_means_anything_elsewhere(storage, told):
     assert shlex.split(search.submit._entrypoint(spec, 0)) == expected
 
 
+# ---- what is there already
+
+
+class ClusterWith:
+    """Jobs of a cluster on which studies were started from here. Their other methods are not used."""
+
+    def __init__(self) -> None:
+        self.started: dict[str, Job] = {}
+        self.is_behind = False
+
+    def check_version(self) -> None: ...
+
+    def get(self, job_id: str) -> Job | None:
+        job = self.started.get(job_id)
+        if job is not None and self.is_behind:
+            self.is_behind = False
+            return replace(job, state="STOPPED")
+        return job
+
+    def delete(self, job_id: str) -> None:
+        raise JobExists(job_id)
+
+    def submit(self, job_id: str, entrypoint: str, *, working_dir: Path, metadata: dict[str, str]) -> Job:
+        self.started[job_id] = Job(job_id, "RUNNING", entrypoint, metadata, "", None, None, None)
+        return self.started[job_id]
+
+
+def submitted(jobs: Any, data_on_cluster: bool = False, **overrides: object) -> bool:
+    """Whether that started a job."""
+    keys = {key.replace("__", "."): value for key, value in overrides.items()}
+    spec = StudySpec.load(None, {"name": "study"} | keys)
+    return submit(jobs, spec, data_on_cluster=data_on_cluster)[1]
+
+
+def test_the_same_data_under_another_name_are_the_same_study(here):
+    jobs, rows = ClusterWith(), np.random.default_rng(0).random((300, 4))
+    for name in ("points.npy", "moved.npy"):
+        np.save(here / name, rows)
+    assert submitted(jobs, data__source="points.npy")
+    assert not submitted(jobs, data__source="moved.npy")
+
+
+def test_other_data_under_the_same_name_are_refused(here):
+    jobs = ClusterWith()
+    np.save(here / "points.npy", np.random.default_rng(0).random((300, 4)))
+    assert submitted(jobs, data__source="points.npy")
+    np.save(here / "points.npy", np.random.default_rng(1).random((300, 4)))
+    with pytest.raises(InputError, match=r"on points.npy \(SHA-256 .*not on points.npy \(SHA-256 .*another --name"):
+        submitted(jobs, data__source="points.npy")
+    with pytest.raises(InputError, match="not on digits; use another --name"):
+        submitted(jobs)
+
+
+def test_data_of_the_cluster_are_known_by_their_path_there(here):
+    jobs = ClusterWith()
+    assert submitted(jobs, data_on_cluster=True, data__source="/there/x.npy")
+    assert not submitted(jobs, data_on_cluster=True, data__source="/there/x.npy")
+    with pytest.raises(InputError, match=r"on /there/x.npy \(on the cluster\), not on /there/y.npy"):
+        submitted(jobs, data_on_cluster=True, data__source="/there/y.npy")
+
+
+def test_what_a_job_at_work_does_not_heed_is_named():
+    jobs = ClusterWith()
+    assert submitted(jobs, storage__path="here")
+    changed = {"resources.concurrency": 1, "finalists.confirm": True, "budget.max_retries": 9, "storage.path": "there"}
+    specs = [StudySpec.load(None, {"name": "study"} | keys) for keys in ({}, changed)]
+    assert [unheeded(jobs.started["study"], spec) for spec in specs] == [
+        [],
+        ["budget.max_retries", "finalists.confirm", "resources.concurrency"],
+    ]
+
+
+def test_the_slower_of_two_submits_finds_the_job_of_the_other(here):
+    jobs = ClusterWith()
+    assert submitted(jobs)
+    jobs.is_behind = True
+    assert not submitted(jobs)
+
+
 # ---- the commands
+
+
+@pytest.mark.parametrize(
+    ("address", "arguments", "storage"),
+    [
+        ("http://127.0.0.1:8265", [], None),
+        ("http://127.0.0.1:8265", ["--storage", "/results"], "/results"),
+        ("auto", [], "/of/this/machine"),
+    ],
+)
+def test_doctor_does_not_take_this_machines_storage_for_the_clusters(here, monkeypatch, address, arguments, storage):
+    monkeypatch.setenv("VAESEARCH_STORAGE", "/of/this/machine")
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr("search.doctor.examine", lambda *_, overrides, **__: asked.append(overrides) or [])
+    CliRunner().invoke(cli.app, ["doctor", "--address", address, *arguments], catch_exceptions=False)
+    assert asked[0].get("storage.path") == storage
 
 
 @pytest.mark.parametrize(
@@ -254,6 +350,13 @@ def test_damage_on_the_way_is_noticed_and_nothing_is_replaced(here, there):
     assert list(here.iterdir()) == []
 
 
+def test_an_empty_part_is_told(here, there, monkeypatch):
+    monkeypatch.setattr(search.fetch, "PART_BYTES", 20_000)
+    with pytest.raises(JobFailed, match="an empty part; fetch the study again"):
+        bring(HeadHere(there, lambda text: text if "vaesearch-pack: " in text else "\n"), here)
+    assert list(here.iterdir()) == []
+
+
 def test_a_study_that_is_not_there_or_lies_behind_a_url_says_what_to_do(here, there):
     with pytest.raises(InputError, match="nothing: the head of the cluster has no study there"):
         fetch(HeadHere(there), "nothing", here)  # type: ignore[arg-type]
@@ -345,7 +448,7 @@ def test_what_is_no_archive_of_a_study_is_refused(tmp_path, content):
 def test_the_head_packs_no_other_files_than_studies(there, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     (tmp_path / "secret").write_text("s3cret")
-    for name in ("../secret", "secret", "vaesearch-../secret.tar"):
+    for name in ("../secret", "secret", "vaesearch-pack-../secret.tar", "vaesearch-backup.tar"):
         with pytest.raises(InputError, match="no archive"):
             pack_on(name, 0)
 
@@ -354,10 +457,35 @@ def test_what_a_fetch_that_was_cut_off_left_on_the_head_goes_with_a_later_one(th
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(search.fetch, "PART_BYTES", 20_000)
     header, _ = pack("study", str(there))
-    (left,) = tmp_path.glob("vaesearch-*.tar")
+    (left,) = tmp_path.glob("vaesearch-pack-*.tar")
     assert left.name in header
     assert hashlib.sha256(left.read_bytes()).hexdigest() in header
     past = left.stat().st_mtime - FORGOTTEN_AFTER_S - 1
     os.utime(left, (past, past))
     list(pack("study", str(there)))
     assert not left.exists()
+
+
+def test_what_is_not_of_a_fetch_stays_on_the_head_however_old_it_is(tmp_path):
+    kept = [tmp_path / name for name in ("vaesearch-backup.tar", "job-driver-vaesearch-mnist.log")]
+    gone = [tmp_path / name for name in ("vaesearch-pack-0a_b1c2d.tar", "job-driver-vaesearch-0123456789ab.log")]
+    for file in [*kept, *gone]:
+        file.write_bytes(bytes(2**20 + 1))
+        os.utime(file, (0, 0))
+    with (tmp_path / "job-driver-now.log").open("w") as output:
+        code = "import search.fetch; search.fetch._forget_old()"
+        subprocess.run(
+            [sys.executable, "-c", code], check=True, stdout=output, env=os.environ | {"TMPDIR": str(tmp_path)}
+        )
+    assert [file.stat().st_size for file in kept] == [2**20 + 1] * 2
+    assert not gone[0].exists()
+    assert gone[1].stat().st_size == 0
+
+
+def test_what_another_user_left_on_the_head_does_not_stop_a_fetch(there, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    left = tmp_path / "vaesearch-pack-of_other.tar"
+    left.mkdir()  # as little to be unlinked as another's file in a sticky folder, also by root
+    os.utime(left, (0, 0))
+    list(pack("study", str(there)))
+    assert left.exists()

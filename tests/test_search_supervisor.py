@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 from report_studies import made_up_study
 
+import search.supervisor
 from search.supervisor import MAX_FRUITLESS_ENDS, storage_on_cluster
 
 SUPERVISOR = """
@@ -92,9 +93,11 @@ def test_the_drivers_own_end_is_that_of_the_supervisor(place, code):
 
 
 def test_the_driver_is_run_with_the_study_its_storage_and_the_address_of_its_cluster(place):
-    code, (said,) = place.end("import os, sys; print(*sys.argv[1:], os.environ['VAESEARCH_SUPERVISED'])")
+    code, (said,) = place.end(
+        "import os, sys; print(*sys.argv[1:], os.environ['VAESEARCH_SUPERVISED'] == str(os.getppid()))"
+    )
     assert code == 0
-    assert said == f"run {place.study_file} --storage {place.storage} --address auto 1"
+    assert said == f"run {place.study_file} --storage {place.storage} --address auto True"
 
 
 def test_a_killed_driver_is_started_again_until_it_is_plain_that_it_gets_nowhere(place):
@@ -151,6 +154,32 @@ def test_a_signal_to_the_supervisor_alone_is_passed_on_after_a_while(place, runn
     assert process.stdout.read() == "interrupted by 1\n"
     assert process.wait(30) == 143
     assert time.monotonic() - sent >= 0.7
+
+
+def test_a_driver_that_needs_long_to_write_all_it_knows_is_given_a_minute():
+    assert search.supervisor.FORWARD_AFTER_S >= 60
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells a process that its parent is gone")
+@pytest.mark.parametrize("when", ["before it was at work", "at work"])
+def test_a_driver_whose_supervisor_was_killed_ends_as_after_one_signal(place, running, when):
+    waits = "while os.getppid() == supervisor: time.sleep(0.01)" if when == "before it was at work" else ""
+    script = f"""
+import os, time
+supervisor = os.getppid()
+import search.supervisor
+print("started", flush=True)
+{waits}
+{COUNTS_SIGNALS.replace('print("at work"', 'search.supervisor.end_with_supervisor(); print("at work"')}
+"""
+    process = place.start(script)
+    running.append(process)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "started\n"
+    if when == "at work":
+        assert process.stdout.readline() == "at work\n"
+    process.kill()
+    assert process.stdout.read().splitlines()[-1] == "interrupted by 1"  # and nobody holds the pipe any more
 
 
 def test_an_extension_is_asked_for_until_the_study_has_noted_it(place, tmp_path):

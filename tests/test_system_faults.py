@@ -40,7 +40,7 @@ from search.tables import part_files
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 
-KILLS = 10
+KILLS = 8
 SLOWER = ("--max-epochs", "40", "--set", "model.hidden_dims=[256, 256]", "--set", "scheduler.grace_epochs=2")
 """Trials of several seconds."""
 
@@ -174,9 +174,9 @@ def test_a_soak_with_a_killer_of_workers_loses_and_doubles_nothing(tmp_path):
     """Every 2 seconds, with probability 0.05, a random worker is killed: some of them twice, none for good."""
     rng = random.Random(1)  # strikes four times in the first minute
     kills = 0
-    budget = ("--trials", "60", "--set", "scheduler.kind=none", "--set", "budget.max_retries=10")
+    budget = ("--trials", "40", "--set", "scheduler.kind=none", "--set", "budget.max_retries=10")
     with driver("run", "--name", "soak", *SLOWER, *budget, "--max-epochs", "20", cwd=tmp_path) as running:
-        running.wait_for("[1/60]")
+        running.wait_for("[1/40]")
         deadline = time.monotonic() + 800
         while not running.is_over:
             assert time.monotonic() < deadline, running.stderr[-5:]
@@ -192,10 +192,10 @@ def test_a_soak_with_a_killer_of_workers_loses_and_doubles_nothing(tmp_path):
     print(f"{kills} workers were killed")
     assert kills >= 2
     study = open_study(tmp_path / "studies" / "soak")
-    assert_whole(study, trials=60)
+    assert_whole(study, trials=40)
     outcomes = study.attempts()["outcome"].to_pylist()
     print({outcome: outcomes.count(outcome) for outcome in set(outcomes)})
-    assert outcomes.count("ended") == 60
+    assert outcomes.count("ended") == 40
     assert 1 <= outcomes.count("lost") <= kills  # one between two trials costs nobody an attempt
     again = [row for row in study.rows() if row.attempts > 1]
     assert_retrains(study, again[0].trial)

@@ -176,6 +176,8 @@ class VaeSearch(StudyEvents):
             "layer": None,
             "from_epoch": 0,
             "damaged": None,
+            "node_id": None,
+            "gpu_ids": None,
             "num_parameters": 1,
             "no_latent_nelbo": self.curves.no_latent,
             "no_latent_objective": self.curves.no_latent,
