@@ -160,7 +160,8 @@ class Confirmation:
             self._store.forget.remote(_number(row))
             self._waiting.appendleft(dataclasses.replace(row, status="oom", reason=ended.reason))
             return  # to be made again with a larger part of a GPU
-        self._idle.append(run.worker)
+        if run.gpus == self._spec.resources.gpus(self._packing):
+            self._idle.append(run.worker)
         state = "COMPLETE" if ended.status in ("ok", "collapsed") else "FAIL"
         row = dataclasses.replace(row, **result.known, ended_at=datetime.now(UTC))
         row = dataclasses.replace(row, state=state, status=ended.status, reason=ended.reason)
@@ -173,7 +174,7 @@ class Confirmation:
         reason = str(error).strip().splitlines()[0] if not stalled else "no training step for too long"
         row = dataclasses.replace(row, status=status, reason=reason)
         self._store.forget.remote(_number(row))
-        self._losses[row.key] += 1
+        self._losses[row.key] += not getattr(error, "preempted", False)  # else the cluster took the node away
         if self._losses[row.key] <= self._spec.budget.max_retries:
             self._waiting.appendleft(row)
             return

@@ -15,6 +15,7 @@ history alone.
 """
 
 import dataclasses
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -36,6 +37,8 @@ from search.space import Space
 from search.spec import Params, StudySpec
 from search.tables import PARAMS, AttemptRow, DiagnosticsRow, EpochRow, LayerRow, TrialRow
 from vae.config import OWN_PARAMETERS
+
+HOLD_S = 0.1
 
 CONSTRAINTS = ("collapsed", "diverged", "oom")
 """Statuses the sampler learns to avoid; each is an Optuna constraint, violated at 1."""
@@ -113,6 +116,8 @@ class StudySearcher(Searcher):
         self.claim()
         if self.is_holding_back:
             self.while_waiting()
+            if not self._live:
+                time.sleep(HOLD_S)  # Tune would ask again at once
             return None
         if self._lost and not self.gave_up:
             live = self._lost.popleft()

@@ -4,7 +4,6 @@ A driver that something ended by a signal goes on from the ledger, as after any 
 says; else where the cluster's VAESEARCH_STORAGE says; else in the home folder of the head.
 """
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -31,7 +30,6 @@ FORWARD_AFTER_S = 60.0
 """Longer than a driver takes to write all it knows: one that has heard the first signal leaves at once at a second."""
 POLL_EVERY_S = 0.2
 ON_PURPOSE = (signal.SIGTERM, signal.SIGINT)
-PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
 def storage_on_cluster(asked: str | None) -> str:
@@ -48,15 +46,21 @@ def supervise(study_file: Path, storage: str | None, extend: int, say: Callable[
 
 
 def end_with_supervisor() -> None:
-    """In the driver: be asked to end as soon as the supervisor is gone, which kill -9 lets tell nobody.
+    """In the driver: ask it to end once the supervisor is gone, which kill -9 lets tell nobody.
 
-    Left alone, it would hold the study's lease against the next submit. Linux alone can do so; elsewhere it is left.
+    Left alone, it would hold the study's lease against the next submit. (Linux can send a signal then, but sends it
+    once for each thread that the parent had, and a second one means: at once.)
     """
-    if SUPERVISED_VARIABLE not in os.environ or sys.platform != "linux":
+    if SUPERVISED_VARIABLE not in os.environ:
         return
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != int(os.environ[SUPERVISED_VARIABLE]):  # it was gone before
+    supervisor = int(os.environ[SUPERVISED_VARIABLE])
+
+    def watch() -> None:
+        while os.getppid() == supervisor:
+            time.sleep(POLL_EVERY_S)
         os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="vaesearch-supervisor", daemon=True).start()
 
 
 class _Supervisor:

@@ -5,7 +5,14 @@ import time
 import pytest
 from ray._private import services
 
-from cluster.head import ClusterUnreachable, asks_for_token, find_head, host_and_port, is_loopback
+from cluster.head import (
+    ClusterUnreachable,
+    _is_given_up,
+    asks_for_token,
+    find_head,
+    host_and_port,
+    is_loopback,
+)
 
 
 def test_a_head_that_lets_us_in_is_told_from_one_that_refuses_our_token(ray_here, monkeypatch):
@@ -34,6 +41,15 @@ def test_a_token_is_used_where_the_head_asks_for_one_alone(ray_here):
 
     assert asks_for_token(ray.get_runtime_context().gcs_address)
     assert not asks_for_token("127.0.0.1:1")  # nobody is there
+
+
+def test_a_machine_that_the_head_does_not_count_among_the_living_is_given_up(ray_here):
+    import ray
+
+    context = ray.get_runtime_context()
+    assert not _is_given_up(context.gcs_address, context.get_node_id())
+    assert _is_given_up(context.gcs_address, "0" * 56)
+    assert not _is_given_up("127.0.0.1:1", "0" * 56)  # nobody answers, which is another matter
 
 
 def test_a_private_ray_is_no_cluster_to_join(monkeypatch):

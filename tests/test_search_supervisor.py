@@ -160,7 +160,6 @@ def test_a_driver_that_needs_long_to_write_all_it_knows_is_given_a_minute():
     assert search.supervisor.FORWARD_AFTER_S >= 60
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells a process that its parent is gone")
 @pytest.mark.parametrize("when", ["before it was at work", "at work"])
 def test_a_driver_whose_supervisor_was_killed_ends_as_after_one_signal(place, running, when):
     waits = "while os.getppid() == supervisor: time.sleep(0.01)" if when == "before it was at work" else ""
