@@ -13,13 +13,12 @@ LEDGER_ROW_BYTES = 128  # of an epoch in Parquet, generously
 
 
 def check_batches(spec: StudySpec, data: Dataset) -> None:
-    is_searched = spec.space.batch_size is not None
-    key = "space.batch_size" if is_searched else "train.batch_size"
-    sizes = values_of(spec.space.batch_size if is_searched else spec.train.batch_size)
+    key = "train.batch_size" if spec.space.batch_size is None else "space.batch_size"
+    sizes = values_of(spec.batch_sizes)
     smallest = min(size.low if isinstance(size, Range) else size for size in sizes)
     if smallest < 2 and "batch" in (*values_of(spec.space.normalization), spec.model.normalization):
         raise InputError(f"{key}: batch normalisation needs batches of at least 2 rows")
-    if largest(spec.space.batch_size if is_searched else spec.train.batch_size) > len(data.train):
+    if largest(spec.batch_sizes) > len(data.train):
         raise InputError(
             f"{data.config.source}: {len(data.train)} rows to train on are fewer than a batch; "
             f"set {key} = {len(data.train)} or lower, or bring more rows"

@@ -42,8 +42,8 @@ def largest_configuration(spec: StudySpec, row_shape: tuple[int, ...]) -> tuple[
     """The model with the most weights in the largest batches, for one epoch."""
     from vae.model import num_parameters  # torch
 
-    batch_size = largest(spec.space.batch_size if spec.space.batch_size is not None else spec.train.batch_size)
-    train = dataclasses.replace(spec.train_config_for({"batch_size": batch_size}), max_epochs=1, kl_warmup_epochs=0)
+    params = {"batch_size": largest(spec.batch_sizes)}
+    train = dataclasses.replace(spec.train_config_for(params), max_epochs=1, kl_warmup_epochs=0)
     return max(spec.largest_models(row_shape), key=num_parameters), train
 
 

@@ -560,6 +560,11 @@ class StudySpec(_Section):
         return TrainConfig(**values | {name: value for name, value in params.items() if name in TRAIN_FIELDS})
 
     @property
+    def batch_sizes(self) -> Entry:
+        """Rows of a batch: as searched, else as fixed."""
+        return self.train.batch_size if self.space.batch_size is None else self.space.batch_size
+
+    @property
     def num_exported(self) -> int:
         """How many models are kept at the most."""
         return self.export.top if self.goal == "best-model" else self.num_arms * (self.export.top > 0)

@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
+from clusters import command_of, descendants
 from test_search_ledger import trial_row
-from test_system import command_of, descendants
 
 from search.comparison import compare
 from search.events import StudyEvents

@@ -8,7 +8,6 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import defaultdict
@@ -21,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from clusters import BIN, clean_environment, command_of, descendants, is_alive
 
 from search.results import Study, exported, open_study
 from search.tables import SCHEMAS
@@ -30,7 +30,6 @@ from vae.training import Trainer
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
-BIN = Path(sys.executable).parent
 MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
 BY_ACTIVATION = "SELECT activation, min(val_nelbo) FROM trials GROUP BY 1 ORDER BY 2"
 
@@ -39,11 +38,6 @@ QUICK = ("--max-epochs", "3", "--set", "model.hidden_dims=[32]", "--set", "space
 
 STEADY = ("--max-epochs", "40", "--set", "model.hidden_dims=[96, 96]", "--set", "scheduler.grace_epochs=2")
 """Trials of a few seconds, so that there is a middle to be cut off in."""
-
-
-def clean_environment() -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "VAESEARCH_", "OMP_"))}
-    return kept | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 
 
 def run(
@@ -128,33 +122,8 @@ def driver(*arguments: str, cwd: Path, extra: Mapping[str, str] | None = None) -
             end_family(family, 30)
 
 
-def descendants(root: int) -> set[int]:
-    """The living processes below one."""
-    parents = {int(path.name): _stat(int(path.name)) for path in Path("/proc").iterdir() if path.name.isdigit()}
-    found, size = {root}, 0
-    while len(found) > size:
-        size = len(found)
-        found |= {pid for pid, (parent, _) in parents.items() if parent in found}
-    return found - {root}
-
-
-def _stat(pid: int) -> tuple[int | None, str | None]:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None, None
-    return int(fields[1]), fields[0]
-
-
-def command_of(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()[:400]
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
-
-
 def alive(pids: set[int]) -> set[int]:
-    return {pid for pid in pids if _stat(pid)[1] not in (None, "Z")}
+    return {pid for pid in pids if is_alive(pid)}
 
 
 def wait_until_gone(pids: set[int], timeout: float) -> None:

@@ -17,14 +17,12 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 import pytest
+from clusters import clean_environment, command_of, descendants
 from test_system import (
     STEADY,
     Driver,
     assert_retrains,
     assert_whole,
-    clean_environment,
-    command_of,
-    descendants,
     driver,
     end,
     end_family,

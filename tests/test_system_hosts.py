@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from clusters import clean_environment
 from hosts import HOME, Host, Network, network, unavailable
-from test_system import assert_whole, clean_environment, epochs_of
+from test_system import assert_whole, epochs_of
 
 from search.results import Study
 

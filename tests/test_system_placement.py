@@ -8,8 +8,8 @@ import sys
 from collections import Counter
 
 import pytest
-from clusters import ray_head
-from test_system import QUICK, assert_whole, clean_environment, driver, run
+from clusters import clean_environment, ray_head
+from test_system import QUICK, assert_whole, driver, run
 
 from search.results import Study, open_study
 
