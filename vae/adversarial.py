@@ -94,6 +94,7 @@ class AdversarialTrainer(Trainer):
                 f"with likelihood = {model_config.likelihood} set objective = elbo"
             )
         super().__init__(model_config, train_config, data, seed=seed, device=device)
+        self._by_hand = None  # which is the gradient of the bound
         with self._own_rng():
             self.discriminator = Discriminator(model_config).to(self.device)
         model = self.model

@@ -15,22 +15,25 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vae.config import GaussianScale, LikelihoodName, LrSchedule, ModelConfig, TrainConfig
+from vae.config import GaussianScale, LikelihoodName, LrSchedule, ModelConfig, Precision, TrainConfig
 from vae.data import Dataset
 from vae.diagnostics import Diagnostics, diagnose, locate_non_finite
+from vae.draws import coins, limits
+from vae.fused import PlainGradient, covers
 from vae.likelihoods import make_likelihood
 from vae.model import VAE
 from vae.objective import Evaluation, evaluate, fixed_noise, free_bits_kl, gaussian_kl, kl_weight
 
 LR_WARMUP_SHARE = 0.05  # of all steps, with lr_schedule = warmup_cosine
-PROBE_ROWS = 512  # of the validation split, at the most, for the diagnostics
+PROBE_ROWS = 256  # of the validation split, at the most, for the diagnostics
 
+_PRECISIONS: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _PROBE_STREAM = 2  # of binarising the training rows whose bound is taken for the gap
 
 # Shapes: N rows of a split, B batch, X input features, Z latent dimensions.
@@ -106,9 +109,9 @@ class Trainer:
         self._skipped_in_a_row = 0
         self._spoiled: tuple[str, Tensor, Tensor] | None = None  # the last step that was skipped: reason, x, noise
         self._val_nelbo: float | None = None  # of the last epoch
-        self._train = _as_tensor(data.train, self.device)
+        resident = _resident(data, self.device)
+        self._train, self._validation, self._rows = resident.train, resident.validation, resident.rows
         self._steps_per_epoch = math.ceil(len(data.train) / train_config.batch_size)
-        self._validation = _as_tensor(data.validation, self.device)
         self._noise = fixed_noise(len(data.validation), model_config.latent_dim, data.config.seed).to(self.device)
         self._dynamic = data.config.binarize == "dynamic"
         self._seed_of_data = data.config.seed
@@ -118,13 +121,14 @@ class Trainer:
         self._averaged = copy.deepcopy(self.model) if train_config.ema_decay else None
         self.no_latent_nelbo = _no_latent_nelbo(data, model_config.likelihood, model_config.gaussian_scale)
         self.no_latent_objective = self.no_latent_nelbo  # the objective of a model that ignores its latents
+        self._by_hand = PlainGradient(self.model, _PRECISIONS[train_config.precision]) if covers(self.model) else None
         self._parameters = list(self.model.parameters())
         self.optimizer = _AdamW(
             parameter_groups(self.model, train_config.weight_decay), lr=train_config.learning_rate, fused=True
         )
 
     def __iter__(self) -> Iterator[EpochMetrics]:
-        while self.epoch < self.config.max_epochs:
+        while not self._is_over:
             yield self.train_epoch()
 
     def train_epoch(self) -> EpochMetrics:
@@ -135,7 +139,7 @@ class Trainer:
         self.model.train()
         with self._own_rng():
             for rows in self._batches():
-                taken = self._train_step(self._train.index_select(0, rows))
+                taken = self._train_step(self._rows.index_select(0, rows))
                 if taken is None:
                     skipped_steps += 1
                     continue
@@ -172,6 +176,10 @@ class Trainer:
         )
 
     @property
+    def _is_over(self) -> bool:
+        return self.epoch >= self.config.max_epochs
+
+    @property
     def result(self) -> VAE:
         """The model that is validated and exported: the one of the averaged weights, where there are such."""
         return self.model if self._averaged is None else self._averaged
@@ -200,11 +208,14 @@ class Trainer:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of all that training goes on from; fit for torch.save and torch.load(weights_only=True)."""
+        """A copy of all that training goes on from; fit for torch.save and torch.load(weights_only=True).
+
+        Without the optimizer's part, two thirds of it, once training is over.
+        """
         state = {
             "model": self.model.state_dict(),
             "averaged": None if self._averaged is None else self._averaged.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": None if self._is_over else self.optimizer.state_dict(),
             "rng": self._rng,
             "epoch": self.epoch,
             "step": self.steps,
@@ -217,7 +228,8 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         if self._averaged is not None:
             self._averaged.load_state_dict(state["averaged"])
-        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        if state["optimizer"] is not None:
+            self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self._rng = {kind: value.cpu() for kind, value in state["rng"].items()}
         self.epoch, self.steps = state["epoch"], state["step"]
         self._skipped_in_a_row, self._val_nelbo = state["skipped_in_a_row"], None
@@ -229,15 +241,13 @@ class Trainer:
                 yield rows
 
     def _train_step(self, x: Tensor) -> tuple[float, float, float] | None:
-        """x (B, X) -> means of recon and kl, and the norm of the gradient before clipping; None: not finite."""
+        """Some of self._rows -> means of recon and kl, norm of the gradient before clipping; None: not finite."""
         if self._dynamic:
-            x = torch.rand_like(x).lt_(x)  # in place: 0 and 1 as float32, without a copy
+            x = coins(x)
         noise = torch.randn(len(x), self.model.config.latent_dim, device=self.device)
         statistics = [value.clone() for value in self.model.buffers()] if self._has_statistics else []
-        self.optimizer.zero_grad(set_to_none=True)
         loss, recon, kl = self._backward(x, noise)
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        total = nn.utils.get_total_norm(gradients)
+        total = self._gradient_norm()
         # One transfer a step, so that a GPU is waited for once.
         values = torch.stack((loss, recon, kl, total)).tolist()
         loss_value, recon_value, kl_value, norm = values
@@ -271,6 +281,10 @@ class Trainer:
 
     def _backward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, X), noise (B, Z) -> loss, recon and kl, detached means over the batch; fills in all gradients."""
+        if self._by_hand is not None:
+            return self._by_hand.backward(x, noise, self._kl_weight(), self.config.free_bits)
+        for parameter in self._parameters:
+            parameter.grad = None
         with self._autocast():
             outputs, mu, logvar = self.model(x, noise)
         recon = -self.model.likelihood.log_prob(outputs, x).mean()
@@ -279,6 +293,11 @@ class Trainer:
         loss = recon + self._kl_weight() * (free_bits_kl(mu, logvar, free_bits) if free_bits else kl)
         loss.backward()
         return loss.detach(), recon.detach(), kl.detach()
+
+    def _gradient_norm(self) -> Tensor:
+        if self._by_hand is not None:
+            return torch.dot(self._by_hand.gradient, self._by_hand.gradient).sqrt()
+        return nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
 
     def _skip(self, reason: str, x: Tensor, noise: Tensor) -> None:
         """Leave a step out. Raises Diverged if it was one too many."""
@@ -364,11 +383,45 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 class _AdamW(torch.optim.AdamW):
-    """Without the guards against torch.compile, for which torch (2.13) imports all of it at the first call: 1.6 s."""
+    """torch's, its step alone without what surrounds it there: checks, lists and a profiler's hook.
 
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+    And without the guards against torch.compile, for which torch (2.13) imports all of it at the first call: 1.6 s.
+    """
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]  # nobody has a closure
+        """Moves all parameters that have a gradient."""
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            states = [self.state[p] or self._begin(p) for p in parameters]
+            steps = states[0]["step"].add_(1)
+            for state in states:
+                state["step"] = steps  # one for all, which move together: numbers of their own take as many kernels
+            torch._fused_adamw_(
+                parameters,
+                [p.grad for p in parameters],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [steps] * len(parameters),
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
+
+    step.hooked = True  # type: ignore[attr-defined]  # or torch wraps it, for a profiler
+
+    def _begin(self, parameter: Tensor) -> dict[str, Tensor]:
+        state = self.state[parameter]
+        state["step"] = torch.zeros((), device=parameter.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        return state
+
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
-    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
     state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
     load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
 
@@ -377,6 +430,19 @@ class _AdamW(torch.optim.AdamW):
 def _no_latent_nelbo(data: Dataset, likelihood: LikelihoodName, gaussian_scale: GaussianScale) -> float:
     config = ModelConfig(input_dim=data.input_dim, likelihood=likelihood, gaussian_scale=gaussian_scale)
     return make_likelihood(config).no_latent_nelbo(data.train, data.validation)
+
+
+class _Resident(NamedTuple):
+    train: Tensor  # (N, X)
+    validation: Tensor  # (M, X)
+    rows: Tensor  # (N, X): what batches are taken from, which is `train` or what it is binarised by in each step
+
+
+@functools.lru_cache(maxsize=1)  # one data set after the other: its trials find it on their device
+def _resident(data: Dataset, device: torch.device) -> _Resident:
+    train = _as_tensor(data.train, device)
+    rows = limits(train) if data.config.binarize == "dynamic" else train
+    return _Resident(train, _as_tensor(data.validation, device), rows)
 
 
 def _as_tensor(rows: np.ndarray, device: torch.device) -> Tensor:
