@@ -36,6 +36,7 @@ from search.rounds import is_out_of_memory
 from search.space import Space
 from search.spec import Params, StudySpec
 from search.tables import PARAMS, AttemptRow, DiagnosticsRow, EpochRow, LayerRow, TrialRow
+from search.tpe import BoundedTPESampler, Past
 from vae.config import OWN_PARAMETERS
 
 HOLD_S = 0.1
@@ -66,7 +67,13 @@ class _Live:
     @property
     def config(self) -> dict[str, Any]:
         """What the worker gets."""
-        return {"trial": self.row.trial, "seed": self.row.seed, "params": self.params, "gpus": self.gpus}
+        return {
+            "trial": self.row.trial,
+            "seed": self.row.seed,
+            "params": self.params,
+            "gpus": self.gpus,
+            "is_first": self.row.attempts == 1,
+        }
 
 
 class StudySearcher(Searcher):
@@ -98,7 +105,7 @@ class StudySearcher(Searcher):
             for number in range(self._next_number)
             if number not in known or known[number].state == "RUNNING"
         }
-        self._asked: _Live | None = None  # a suggestion on its way to the disk
+        self._asked: _Live | None = None  # a suggestion that is on disk, or on its way there
         self._live: dict[str, _Live] = {}  # by Ray's id
         self._lost: deque[_Live] = deque()  # with their workers, and to be tried again
 
@@ -125,11 +132,10 @@ class StudySearcher(Searcher):
             self.ledger.update_trial(live.row)
             self._live[trial_id] = live
             return live.config
+        if self.gave_up or (self._asked is None and self._is_all_asked and not self._live):
+            return Searcher.FINISHED  # type: ignore[return-value]  # Tune's own sentinel
         if self._asked is None:
-            is_all_asked = not self._unfinished and self._next_number >= self.spec.budget.trials
-            if self.gave_up or (is_all_asked and not self._live):
-                return Searcher.FINISHED  # type: ignore[return-value]  # Tune's own sentinel
-            if is_all_asked:
+            if self._is_all_asked:
                 return None  # one of those under way may be lost, and tried again
             self._asked = self._ask()
         live = self._asked
@@ -139,14 +145,26 @@ class StudySearcher(Searcher):
             self.while_waiting()
             return None
         self._asked = None
+        live.gpus = self.gpus  # which may have changed since
+        live.attempt = dataclasses.replace(live.attempt, gpus=live.gpus, started_at=_now())
+        self.ledger.update_attempt(live.attempt)
         self._live[trial_id] = live
         for listener in self.events:
             listener.trial_started(live.row)
         return live.config
 
+    def ask_ahead(self) -> None:
+        """While all workers are busy: have the next suggestion on disk, so that none has to wait for it.
+
+        It is made without what is not known yet of the trials under way, as those of several workers always are.
+        """
+        if self._live and self._asked is None and not (self._lost or self._is_all_asked or self.gave_up):
+            self._asked = self._ask()
+            self.ledger.announce_trial(self._asked.row)
+
     def claim(self) -> None:
         """Tell the others on the cluster what could be used, and hear whether more trials may begin. Cheap."""
-        under_way, to_come = len(self._live), 0 if self.gave_up else self._num_to_come
+        under_way, to_come = len(self._live), 0 if self.gave_up else self.num_to_come
         at_work = sum(live.attempt.placed_at is not None for live in self._live.values())
         self.is_holding_back = under_way >= self.slots_for(under_way + to_come, at_work) and to_come > 0
 
@@ -207,7 +225,12 @@ class StudySearcher(Searcher):
         return {}  # Tune pickles its searcher now and then, and we never read that back
 
     @property
-    def _num_to_come(self) -> int:
+    def _is_all_asked(self) -> bool:
+        return not self._unfinished and self._next_number >= self.spec.budget.trials
+
+    @property
+    def num_to_come(self) -> int:
+        """Trials that have not begun yet, as far as is known: one under way may be lost, and come again."""
         fresh = max(0, self.spec.budget.trials - self._next_number)
         return len(self._lost) + (self._asked is not None) + len(self._unfinished) + fresh
 
@@ -390,6 +413,7 @@ class Arm:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.spec = spec
         self.space = Space(spec.arms()[index])
+        self._past = Past()
         self.study = optuna.create_study(direction="minimize", sampler=self.sampler(0))
         is_comparison = spec.goal == "compare-activations"
         self._settings = Space(spec.space).settings(spec.comparison.settings, spec.seed) if is_comparison else []
@@ -417,8 +441,8 @@ class Arm:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             if kind == "tpe":
                 # group: without it the conditional slope falls out of the joint model and is drawn on its own
-                return optuna.samplers.TPESampler(
-                    n_startup_trials=startup, multivariate=True, group=True, constant_liar=True, seed=seed
+                return BoundedTPESampler(
+                    self._past, n_startup_trials=startup, multivariate=True, group=True, constant_liar=True, seed=seed
                 )
             if kind == "gp":
                 return optuna.samplers.GPSampler(n_startup_trials=startup, seed=seed)

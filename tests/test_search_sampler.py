@@ -94,6 +94,11 @@ class Desk:
         return Desk(path, self.spec)
 
 
+def anew(config: dict[str, Any]) -> dict[str, Any]:
+    """What a worker gets for a trial that another one had begun."""
+    return {**config, "is_first": False}
+
+
 def result(
     values: dict[int, float], *, final: bool = False, status: str = "ok", reason: str | None = None, **more: Any
 ) -> dict[str, Any]:
@@ -388,6 +393,38 @@ def test_an_attempt_of_a_driver_that_died_is_interrupted(tmp_path):
     assert attempts(desk, 0) == [(1, "interrupted", 0, 2)]
 
 
+def test_a_suggestion_made_ahead_is_on_disk_and_waits_for_the_next_worker(tmp_path):
+    desk = Desk(tmp_path / "s", make_spec(budget={"trials": 3}))
+    desk.searcher.ask_ahead()
+    assert desk.searcher.num_to_come == 3  # there is nothing to wait for before the first
+    trial_id, _ = desk.ask()
+    for _ in range(2):
+        desk.searcher.ask_ahead()  # again and again, and one it is
+    assert desk.row(1).state == "RUNNING"
+    assert len(read_trials(desk.path)) == 2
+    assert attempts(desk, 1) == [(1, None, None, 0)]
+    params = desk.row(1).params
+    assert desk.searcher.num_to_come == 2
+    desk.end(trial_id, result(curve(1, 6), final=True))
+    _, config = desk.ask()
+    assert (config["trial"], config["is_first"]) == (1, True)
+    assert config["params"].items() <= params.items()
+    desk.ask()
+    desk.searcher.ask_ahead()
+    assert desk.searcher.num_to_come == 0
+    assert [row.attempts for row in read_trials(desk.path)] == [1, 1, 1]
+
+
+def test_a_suggestion_made_ahead_is_the_next_one_of_a_driver_that_comes_after(tmp_path):
+    desk = Desk(tmp_path / "study", make_spec(budget={"trials": 3}))
+    desk.ask()
+    desk.searcher.ask_ahead()
+    again = desk.reborn(tmp_path / "copy")
+    configs = [again.ask()[1] for _ in range(2)]
+    assert [config["trial"] for config in configs] == [0, 1]
+    assert configs[1] == anew(desk.ask()[1])
+
+
 def test_a_trial_whose_worker_is_lost_is_suggested_again_also_as_the_last_of_all(tmp_path):
     desk = Desk(tmp_path / "s", make_spec(budget={"trials": 2, "max_retries": 2}))
     trial_id, config = desk.ask()
@@ -399,7 +436,7 @@ def test_a_trial_whose_worker_is_lost_is_suggested_again_also_as_the_last_of_all
         desk.end(trial_id, None, error=True)
         assert desk.row(0).state == "RUNNING"
         trial_id, again = desk.ask()
-        assert again == config
+        assert again == anew(config)
     desk.end(other, result(curve(1, 6), final=True))
     assert desk.searcher.suggest("more") is None
     desk.end(trial_id, result(curve(1, 6), final=True))
@@ -608,11 +645,11 @@ def test_unfinished_trials_are_suggested_again_first_with_number_parameters_and_
     again = desk.reborn(tmp_path / "again")
     for number in (0, 2, 3):
         _, config = again.ask()
-        assert config == asked[number][1]
+        assert config == anew(asked[number][1])
         assert again.row(number).attempts == 2
     assert again.ask()[1]["trial"] == 4
     third = again.reborn(tmp_path / "third")
-    assert third.ask()[1] == asked[0][1]
+    assert third.ask()[1] == anew(asked[0][1])
     assert third.row(0).attempts == 3
 
 
@@ -825,7 +862,7 @@ def test_a_comparison_rebuilt_from_the_ledger_suggests_what_it_would_have(tmp_pa
     asked = [desk.ask(), desk.ask(), desk.ask()]
     desk.row(8)
     again = desk.reborn(tmp_path / "copy")
-    assert [again.ask()[1] for _ in asked] == [config for _, config in asked]
+    assert [again.ask()[1] for _ in asked] == [anew(config) for _, config in asked]
     finish(again, [(f"tune-{number}", {**asked[number][1]}) for number in range(3)])
     assert again.ask()[1]["trial"] == 11
     for live, rebuilt in zip(desk.searcher.arms, again.searcher.arms, strict=True):

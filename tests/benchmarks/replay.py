@@ -3,6 +3,7 @@
     python tests/benchmarks/make_curves.py                   # the table, once
     python tests/benchmarks/replay.py                        # all KL warm-ups in it; minutes on two cores
     python tests/benchmarks/replay.py --warmups 20 --workers 8 --set scheduler.grace_epochs=5
+    python tests/benchmarks/replay.py --methods vaesearch --ahead 1     # a question about vaesearch alone
 
 Nothing is trained: a suggested configuration has the curve of its nearest neighbour in the table. Workers are
 simulated, each trial at its own speed, so trials overtake each other as they do on a cluster. What is compared:
@@ -12,6 +13,8 @@ simulated, each trial at its own speed, so trials overtake each other as they do
     stock (b)    the same on the value at beta = 1
     stock (c)    as (b), and the first trial is the default model, as it is in vaesearch
     vaesearch    StudySearcher and Asha as `search.study` wires them, on the value at beta = 1
+    ahead K      with --ahead K: vaesearch with K suggestions made before there is a worker for them
+    limit N      with --limit N: vaesearch whose TPE is shown N trials at most
 
 A script hands over the trial with the lowest last value, as Ray's `get_best_result` does; vaesearch hands over
 its best healthy trial with the full budget. The regret is the value at beta = 1 of the weights handed over, less
@@ -25,12 +28,14 @@ import heapq
 import os
 import random
 import tempfile
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
+from unittest import mock
 
 import numpy as np
 import optuna
@@ -40,6 +45,7 @@ from ray import tune
 from ray.tune.schedulers.async_hyperband import _Bracket
 from ray.tune.search.optuna import OptunaSearch
 
+from search import tpe
 from search.early_stopping import Asha
 from search.events import StudyEvents
 from search.ledger import Ledger
@@ -136,8 +142,8 @@ class VaeSearch(StudyEvents):
         self._ended.append(row)
 
     def start(self, trial: int) -> int:
-        config = self.searcher.suggest(str(trial))
-        assert config is not None
+        while (config := self.searcher.suggest(str(trial))) is None:
+            pass  # it is on its way to the disk
         self._row_of[trial] = self.curves.nearest(config["params"])
         return self._row_of[trial]
 
@@ -212,10 +218,14 @@ class Setting:
     seed: int
 
 
-def replay(search: Search, setting: Setting, budgets: Sequence[int]) -> list[HandedOver | None]:
-    """What the search would hand over after each budget, ascending; trials are at most those that `setting` lets in."""
+def replay(search: Search, setting: Setting, budgets: Sequence[int], ahead: int = 0) -> list[HandedOver | None]:
+    """What the search would hand over after each budget, ascending; trials are at most those that `setting` lets in.
+
+    ahead: suggestions that are made as soon as there are fewer, and wait for a worker.
+    """
     rng = random.Random(setting.seed)
     speeds: list[float] = []  # of the trials, the same for every method
+    waiting: deque[int] = deque()  # suggested: the rows of the next trials
     running: list[tuple[float, int, int, int]] = []  # when the next epoch is done; trial, row, epochs done
     handed_over: list[HandedOver | None] = []
     now, spent = 0.0, 0
@@ -223,7 +233,9 @@ def replay(search: Search, setting: Setting, budgets: Sequence[int]) -> list[Han
         while len(running) < setting.workers and (not setting.whole or fits(running, budgets[-1] - spent)):
             trial = len(speeds)
             speeds.append(rng.lognormvariate(0, SPEED_SPREAD))
-            heapq.heappush(running, (now + speeds[trial], trial, search.start(trial), 0))
+            waiting.extend(search.start(number) for number in range(trial + len(waiting), trial + 1))
+            heapq.heappush(running, (now + speeds[trial], trial, waiting.popleft(), 0))
+            waiting.extend(search.start(trial + number) for number in range(1 + len(waiting), 1 + ahead))
         if spent == budgets[len(handed_over)] or not running:
             handed_over.append(search.best())
             continue
@@ -240,7 +252,7 @@ def fits(running: list[tuple[float, int, int, int]], left: int) -> bool:
 
 
 def make_search(method: str, curves: Curves, setting: Setting, folder: Path) -> Search:
-    if method == "vaesearch":
+    if method in ("vaesearch", "ahead", "limit"):
         given = {"seed": setting.seed, "train.kl_warmup_epochs": setting.warmup, "budget.trials": setting.budgets[-1]}
         return VaeSearch(curves, StudySpec.load(None, {**given, **dict(setting.overrides)}), folder)
     metric = curves.trained_loss if method == "stock (a)" else curves.value
@@ -254,10 +266,15 @@ def regrets(method: str, setting: Setting) -> Floats:
     """(3, budgets): regret of the weights, of their configuration re-trained; 1 where there is nothing yet."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     curves = read_curves(setting.table, setting.warmup)
+    kind, _, figure = method.partition(" ")
+    if kind not in ("ahead", "limit"):
+        kind = method
     found: list[HandedOver | None] = []
     for budgets in [[budget] for budget in setting.budgets] if setting.whole else [setting.budgets]:
         with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
-            found += replay(make_search(method, curves, setting, Path(folder)), setting, budgets)
+            with mock.patch.object(tpe, "LIMIT", int(figure) if kind == "limit" else tpe.LIMIT):
+                search = make_search(kind, curves, setting, Path(folder))
+                found += replay(search, setting, budgets, ahead=int(figure) if kind == "ahead" else 0)
     weights = [curves.value[f.row, f.epoch - 1] if f else curves.no_latent for f in found]
     retrained = [curves.final[f.row] if f else curves.no_latent for f in found]
     return np.array([weights, retrained, [curves.best + (f is None) for f in found]]) - curves.best
@@ -279,16 +296,22 @@ def against(ours: Floats, theirs: Floats) -> str:
 
 def report(results: Mapping[str, Floats], budgets: tuple[int, ...]) -> None:
     """results: method -> (seeds, 3, budgets)."""
-    rivals = [name for name in METHODS if name.startswith("stock")]
-    heads = "".join(f"{name:>19}" for name in METHODS) + "".join(f"{'than ' + name[-3:]:>13}" for name in rivals)
+    rivals = [name for name in results if name not in ("random", "vaesearch")]
+    heads = "".join(f"{name:>19}" for name in results)
+    heads += "".join(f"{'than ' + name.removeprefix('stock '):>15}" for name in rivals)
     for measure, title in enumerate(("weights handed over", "their configuration re-trained")):
         print(f"\n{title}: regret; % of seeds in which vaesearch is better, equal, worse; seeds with nothing yet")
         print(f"epochs{heads}  nothing")
         for at, budget in enumerate(budgets):
             columns = {name: result[:, measure, at] for name, result in results.items()}
-            shares = "".join(f"{against(columns['vaesearch'], columns[name]):>13}" for name in rivals)
+            shares = "".join(f"{against(columns['vaesearch'], columns[name]):>15}" for name in rivals)
             nothing = int(results["vaesearch"][:, 2, at].sum())
-            print(f"{budget:6}" + "".join(f"{spread(columns[name]):>19}" for name in METHODS) + shares + f"{nothing:9}")
+            print(
+                f"{budget:6}"
+                + "".join(f"{spread(column):>19}" for column in columns.values())
+                + shares
+                + f"{nothing:9}"
+            )
 
 
 def main() -> None:
@@ -299,12 +322,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=50)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=4, help="simulated, of each search")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--ahead", type=int, nargs="+", default=[], metavar="K", help="also with K suggestions waiting")
+    parser.add_argument("--limit", type=int, nargs="+", default=[], metavar="N", help="also with a TPE of N trials")
     parser.add_argument("--cut", action="store_true", help="break searches off in their midst")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of vaesearch's study file")
     asked = parser.parse_args()
     overrides = tuple((key, value) for key, _, value in (item.partition("=") for item in asked.set))
     budgets = tuple(sorted(asked.budgets))
+    own = [f"{kind} {figure}" for kind in ("ahead", "limit") for figure in getattr(asked, kind)]
+    methods = [*(method for method in METHODS if method in {*asked.methods, "vaesearch"}), *own]
     with ProcessPoolExecutor(asked.processes) as pool:
         for warmup in asked.warmups or sorted(set(pq.read_table(asked.table)["kl_warmup_epochs"].to_pylist())):
             curves = read_curves(asked.table, warmup)
@@ -312,11 +340,11 @@ def main() -> None:
             settings = [
                 Setting(asked.table, warmup, asked.workers, not asked.cut, budgets, overrides, seed) for seed in seeds
             ]
-            jobs = {method: [pool.submit(regrets, method, setting) for setting in settings] for method in METHODS}
+            jobs = {method: [pool.submit(regrets, method, setting) for setting in settings] for method in methods}
             print(f"\nKL warm-up {warmup}: {len(curves.points)} configurations, best {curves.best:.2f} nats, ", end="")
             print(f"without latents {curves.no_latent:.2f}; {len(seeds)} seeds, {asked.workers} workers", end="")
             print(", cut" if asked.cut else "", "; median [quartiles]", sep="", flush=True)
-            report({method: np.stack([job.result() for job in jobs[method]]) for method in METHODS}, budgets)
+            report({method: np.stack([job.result() for job in jobs[method]]) for method in methods}, budgets)
 
 
 if __name__ == "__main__":
