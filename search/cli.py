@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 import typer
 
 from search.interrupts import LEFT_BEHIND, Interrupted, remember_interrupts
+from search.layout import DEFAULT_STORAGE
 from vae.config import InputError
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-DEFAULT_STORAGE = "studies"
 GOING_ON = "the same submit, without any --extend, goes on"  # an extension was noted in the study
 CLUSTERS = "Commands for a Ray cluster"
 
@@ -244,10 +244,14 @@ def query(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="A file instead of stdout.")] = None,
 ) -> None:
     """SQL over the results, read-only, also while studies run."""
-    from search.output import write_table
+    from search.output import write_rows, write_table
     from search.sql import query as run_query
+    from search.sql import query_rows
 
-    write_table(run_query(sql, storage), format, output)
+    if format == "table":
+        write_rows(query_rows(sql, storage), output)
+    else:
+        write_table(run_query(sql, storage), format, output)
 
 
 @app.command()

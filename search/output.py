@@ -7,23 +7,34 @@ import sys
 from collections.abc import Callable
 from datetime import date, datetime
 from decimal import Decimal
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import pyarrow as pa
-
+from search.sql import Rows
 from vae.config import InputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Format = Literal["table", "json", "csv", "parquet"]
 
 
-def write_table(table: pa.Table, format: str, output: Path | None) -> None:
+def write_table(table: "pa.Table", format: str, output: Path | None) -> None:
     """Write to a file, or to stdout. Raises InputError for an unknown format and for Parquet on a terminal."""
     if format not in get_args(Format):
         raise InputError(f"--format {format}: known are {', '.join(get_args(Format))}")
     if format == "parquet" and output is None and sys.stdout.isatty():
         raise InputError("Parquet is not for a terminal; name a file with -o")
-    content = _ENCODERS[format](table)
+    _put(_ENCODERS[format](table), output)
+
+
+def write_rows(rows: Rows, output: Path | None) -> None:
+    """As a table for people."""
+    _put(_as_lines(rows), output)
+
+
+def _put(content: bytes, output: Path | None) -> None:
     if output is None:
         sys.stdout.buffer.write(content)
         sys.stdout.flush()
@@ -34,21 +45,26 @@ def write_table(table: pa.Table, format: str, output: Path | None) -> None:
         raise InputError(f"{output}: cannot be written: {error.strerror}") from None
 
 
-def _as_text(table: pa.Table) -> bytes:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+def _as_text(table: "pa.Table") -> bytes:
+    import pyarrow as pa
 
-    shown = Table(box=box.SIMPLE, pad_edge=False)
-    for field in table.schema:
-        number = pa.types.is_integer(field.type) or pa.types.is_floating(field.type)
-        shown.add_column(field.name, justify="right" if number else "left", overflow="fold")
-    for row in zip(*(column.to_pylist() for column in table.columns), strict=True):
-        shown.add_row(*(_cell(value) for value in row))
-    target = io.StringIO()
-    width = None if sys.stdout.isatty() else 1000
-    Console(file=target, highlight=False, width=width, markup=False, emoji=False).print(shown)
-    return "\n".join(line.rstrip() for line in target.getvalue().strip("\n").splitlines()).encode() + b"\n"
+    is_number = [pa.types.is_integer(field.type) or pa.types.is_floating(field.type) for field in table.schema]
+    columns = (column.to_pylist() for column in table.columns)
+    return _as_lines(Rows(table.column_names, is_number, list(zip(*columns, strict=True))))
+
+
+def _as_lines(rows: Rows) -> bytes:
+    """Numbers to the right, all else to the left; a cell of several lines takes several. Without rich: that is slow."""
+    cells = [[(text.splitlines() or [""]) for text in map(_cell, row)] for row in rows.rows]
+    parts = [[name] for name in rows.columns], *cells
+    widths = [max(len(line) for row in parts for line in row[at]) for at in range(len(rows.columns))]
+    lines = []
+    for row in parts:
+        for line in zip_longest(*row, fillvalue=""):
+            cut = [t.rjust(w) if n else t.ljust(w) for t, w, n in zip(line, widths, rows.is_number, strict=True)]
+            lines.append("   ".join(cut).rstrip())
+    lines.insert(1, "─" * (sum(widths) + 3 * (len(widths) - 1)))
+    return "\n".join(lines).encode() + b"\n"
 
 
 def _cell(value: object) -> str:
@@ -57,7 +73,7 @@ def _cell(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _as_json(table: pa.Table) -> bytes:
+def _as_json(table: "pa.Table") -> bytes:
     return json.dumps(plain(table.to_pylist()), indent=2, allow_nan=False).encode() + b"\n"
 
 
@@ -76,7 +92,8 @@ def plain(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int | bool) else str(value)
 
 
-def _as_csv(table: pa.Table) -> bytes:
+def _as_csv(table: "pa.Table") -> bytes:
+    import pyarrow as pa
     import pyarrow.csv
 
     sink = io.BytesIO()
@@ -84,7 +101,8 @@ def _as_csv(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
-def _as_parquet(table: pa.Table) -> bytes:
+def _as_parquet(table: "pa.Table") -> bytes:
+    import pyarrow as pa
     import pyarrow.parquet
 
     sink = io.BytesIO()
@@ -92,8 +110,10 @@ def _as_parquet(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
-def _with_text(table: pa.Table, *kinds: Callable[[pa.DataType], bool]) -> pa.Table:
+def _with_text(table: "pa.Table", *kinds: "Callable[[pa.DataType], bool]") -> "pa.Table":
     """Columns of types that a format does not have, as text: lists as JSON, intervals as Python writes them."""
+    import pyarrow as pa
+
     for index, field in enumerate(table.schema):
         if any(is_kind(field.type) for is_kind in kinds):
             values = (plain(value) for value in table.column(index).to_pylist())
@@ -102,4 +122,9 @@ def _with_text(table: pa.Table, *kinds: Callable[[pa.DataType], bool]) -> pa.Tab
     return table
 
 
-_ENCODERS = {"table": _as_text, "json": _as_json, "csv": _as_csv, "parquet": _as_parquet}
+_ENCODERS = {
+    "table": _as_text,
+    "json": _as_json,
+    "csv": _as_csv,
+    "parquet": _as_parquet,
+}

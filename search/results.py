@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import tomli_w
 
+from search.layout import STUDY_FILE, study_folders
 from search.spec import StudySpec
 from search.storage import Location, location, write_atomically
 from search.tables import FinalRow, TrialRow, read_table, to_rows, whole_runs
@@ -18,7 +19,6 @@ from vae.config import InputError
 
 log = logging.getLogger(__name__)
 
-STUDY_FILE = "study.toml"
 MODELS_FOLDER = "models"
 MODEL_FILE = "config.json"  # of a model's folder, written last
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -241,8 +241,7 @@ def open_study(path: str | Location) -> Study:
 
 def list_studies(storage: str | Location) -> list[Study]:
     """All studies of a storage folder, by name."""
-    files = location(storage).glob(f"*/{STUDY_FILE}")
-    return sorted((Study(file.parent) for file in files), key=lambda study: study.name)
+    return [Study(folder) for folder in study_folders(location(storage))]
 
 
 def readable_studies(storage: str | Location) -> list[Study]:

@@ -1,59 +1,95 @@
-"""SQL over the Parquet of all studies of a storage folder: read-only, and able to reach nothing else."""
+"""SQL over the Parquet of all studies of a storage folder: read-only, and able to reach nothing else.
 
+A query sees each part as it was at one moment: parts are replaced while a study runs, and duckdb opens a file by its
+name again for every mention. So each is opened here, once. Most often duckdb is given what was opened, and decodes
+the columns that it needs. Where that does not do (a part is damaged or was replaced just now, another version wrote it,
+a table has no part yet, the SQL asks for `studies`, speaks of files or is wrong), the tables are read whole and decoded
+by pyarrow, as everywhere else; that takes longer, and tells what is the matter.
+"""
+
+import os
+import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import duckdb
-import pyarrow as pa
 
-from search.results import Study, readable_studies
-from search.storage import Location
-from search.tables import SCHEMAS, read_table
+from search.layout import SCHEMA_VERSION, TABLES, part_files, study_folders
+from search.storage import Location, RemotePath, location
 from vae.config import InputError
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+T = TypeVar("T")
+Take = Callable[[duckdb.DuckDBPyRelation], T]
+"""What is to be had of an answer."""
+
 TIME_LIMIT_S = 300.0
-STUDIES = pa.schema(
-    [
-        ("study", pa.string()),
-        ("goal", pa.string()),
-        ("seed", pa.int64()),
-        ("source", pa.string()),
-        ("data_fingerprint", pa.string()),
-        ("binarize", pa.string()),
-        ("body", pa.string()),
-        ("likelihood", pa.string()),
-        ("train_objective", pa.string()),
-        ("trials", pa.int32()),  # asked for
-        ("max_epochs", pa.int32()),
-        ("created_at", pa.timestamp("us", tz="UTC")),
-        ("path", pa.string()),
-    ]
-)
+ELSEWHERE = ("studies", "parquet", "read_", "glob")
+"""SQL with one of these asks for no table of a study alone, or by the names of files."""
+
+NUMBERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "UBIGINT", "FLOAT", "DOUBLE", "DECIMAL")
 
 
 class QueryFailed(InputError):
     """The SQL is wrong, not allowed, or took too long. The text is duckdb's, or says what is allowed."""
 
 
-def query(sql: str, storage: str | Location, time_limit_s: float = TIME_LIMIT_S) -> pa.Table:
+@dataclass(frozen=True)
+class Rows:
+    """An answer in Python's own types."""
+
+    columns: list[str]
+    is_number: list[bool]  # of the columns
+    rows: list[tuple[Any, ...]]
+
+
+def query(sql: str, storage: str | Location, time_limit_s: float = TIME_LIMIT_S) -> "pa.Table":
     """The answer to one SELECT over `studies` and the tables of a study. Raises QueryFailed, InputError."""
-    studies = readable_studies(storage)
-    if not studies:
+    return _answer(sql, storage, time_limit_s, lambda relation: relation.to_arrow_table())
+
+
+def query_rows(sql: str, storage: str | Location, time_limit_s: float = TIME_LIMIT_S) -> Rows:
+    """As `query`, for whoever does well without pyarrow, which takes longer to load than many a query."""
+    return _answer(sql, storage, time_limit_s, _rows_of)
+
+
+def _rows_of(relation: duckdb.DuckDBPyRelation) -> Rows:
+    is_number = [str(of).partition("(")[0] in NUMBERS for of in relation.types]
+    return Rows(list(relation.columns), is_number, relation.fetchall())
+
+
+def _answer(sql: str, storage: str | Location, time_limit_s: float, take: Take[T]) -> T:
+    folders = study_folders(location(storage))
+    if not folders:
         raise InputError(f"{storage}: there is no study there; name the folder of your studies with --storage")
-    with _connection(sql, studies) as connection:
-        _check_statement(sql)
-        timer = threading.Timer(time_limit_s, connection.interrupt)
-        timer.start()
+    _check_statement(sql)
+    try:
+        with _over_parts(sql, folders) as connection:
+            if connection is not None:
+                return _within(time_limit_s, connection, sql, take)
+    except (duckdb.Error, OSError):
+        pass
+    with _over_tables(sql, storage) as connection:
         try:
-            return connection.sql(sql).to_arrow_table()
-        except duckdb.InterruptException:
-            raise QueryFailed(f"the query took longer than {time_limit_s:g} s and was stopped") from None
+            return _within(time_limit_s, connection, sql, take)
         except duckdb.Error as error:
             raise QueryFailed(str(error).strip()) from None
-        finally:
-            timer.cancel()
+
+
+def _within(time_limit_s: float, connection: duckdb.DuckDBPyConnection, sql: str, take: Take[T]) -> T:
+    timer = threading.Timer(time_limit_s, connection.interrupt)
+    timer.start()
+    try:
+        return take(connection.sql(sql))
+    except duckdb.InterruptException:
+        raise QueryFailed(f"the query took longer than {time_limit_s:g} s and was stopped") from None
+    finally:
+        timer.cancel()
 
 
 def _check_statement(sql: str) -> None:
@@ -67,8 +103,68 @@ def _check_statement(sql: str) -> None:
 
 
 @contextmanager
-def _connection(sql: str, studies: list[Study]) -> Iterator[duckdb.DuckDBPyConnection]:
-    """An in-memory database that sees the views and, from then on, no file and no network."""
+def _over_parts(sql: str, folders: list[Location]) -> Iterator[duckdb.DuckDBPyConnection | None]:
+    """A database over the parts as they are now; None where that does not do."""
+    parts = {table: [part for folder in folders for part in part_files(folder, table)] for table in _named(sql)}
+    is_elsewhere = any(word in sql.lower() for word in ELSEWHERE)
+    if is_elsewhere or not parts or not all(parts.values()) or sys.platform != "linux":  # which names open files
+        yield None
+        return
+    with ExitStack() as stack:
+        opened = {table: [stack.enter_context(_opened(part)) for part in its] for table, its in parts.items()}
+        connection = stack.enter_context(_connection())
+        everything = [path for paths in opened.values() for path in paths]
+        connection.execute(f"SET allowed_paths = {everything}")
+        _shut(connection)
+        for table, paths in opened.items():
+            connection.execute(f"CREATE VIEW {table} AS FROM read_parquet({paths})")
+        versions = connection.execute(
+            "SELECT DISTINCT decode(value) FROM parquet_kv_metadata(?) WHERE decode(key) = 'vaesearch.schema_version'",
+            [everything],
+        ).fetchall()
+        yield connection if versions == [(SCHEMA_VERSION,)] else None
+
+
+@contextmanager
+def _opened(part: Location) -> Iterator[str]:
+    """A name for a part that stays with its present content."""
+    if isinstance(part, RemotePath):
+        file = os.memfd_create(part.name)
+        with open(file, "wb", closefd=False) as copy:
+            copy.write(part.read_bytes())
+    else:
+        file = os.open(part, os.O_RDONLY)
+    try:
+        yield f"/proc/self/fd/{file}"
+    finally:
+        os.close(file)
+
+
+@contextmanager
+def _over_tables(sql: str, storage: str | Location) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A database over all tables, decoded; those that the SQL does not name are empty."""
+    import pyarrow as pa
+
+    from search.results import readable_studies
+    from search.studies_table import studies_table
+    from search.tables import SCHEMAS, read_table
+
+    studies, named = readable_studies(storage), _named(sql)
+    with _connection() as connection:
+        connection.register("studies", studies_table(studies))
+        for table, schema in SCHEMAS.items():
+            tables = [read_table(study.path, table) for study in studies] if table in named else []
+            connection.register(table, pa.concat_tables([schema.empty_table(), *tables]))
+        _shut(connection)
+        yield connection
+
+
+def _named(sql: str) -> list[str]:
+    return [table for table in TABLES if table in sql.lower()]
+
+
+@contextmanager
+def _connection() -> Iterator[duckdb.DuckDBPyConnection]:
     config: dict[str, str | bool | int | float | list[str]] = {
         "autoinstall_known_extensions": "false",
         "autoload_known_extensions": "false",
@@ -76,38 +172,12 @@ def _connection(sql: str, studies: list[Study]) -> Iterator[duckdb.DuckDBPyConne
     }
     connection = duckdb.connect(":memory:", config=config)
     try:
-        connection.register("studies", _studies_table(studies))
-        for table, schema in SCHEMAS.items():
-            # Read whole, once: a view over the files would open them again for every mention, and a part that
-            # was replaced in between spoils the query. A table that the SQL does not name is not read.
-            named = studies if table in sql.lower() else []
-            tables = [schema.empty_table(), *(read_table(study.path, table) for study in named)]
-            connection.register(table, pa.concat_tables(tables))
-        connection.execute("SET enable_external_access = false")
-        connection.execute("SET lock_configuration = true")
         yield connection
     finally:
         connection.close()
 
 
-def _studies_table(studies: list[Study]) -> pa.Table:
-    return pa.Table.from_pylist([_study_row(study) for study in studies], schema=STUDIES)
-
-
-def _study_row(study: Study) -> dict[str, Any]:
-    spec, provenance = study.spec, study.provenance
-    return {
-        "study": study.name,
-        "goal": spec.goal,
-        "seed": spec.seed,
-        "source": spec.data.source,
-        "data_fingerprint": provenance["data_fingerprint"],
-        "binarize": spec.data.binarize,
-        "body": spec.model.body,
-        "likelihood": spec.model.likelihood,
-        "train_objective": spec.train.objective,
-        "trials": spec.budget.trials,
-        "max_epochs": spec.budget.max_epochs,
-        "created_at": provenance["created_at"],
-        "path": str(study.path),
-    }
+def _shut(connection: duckdb.DuckDBPyConnection) -> None:
+    """From now on it sees no file but those that are allowed, and no network."""
+    connection.execute("SET enable_external_access = false")
+    connection.execute("SET lock_configuration = true")

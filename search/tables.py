@@ -15,10 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from search.layout import SCHEMA_VERSION, TABLES, part_files
 from search.storage import Location, read_buffer
 from vae.config import InputError
-
-SCHEMA_VERSION = "4"
 
 log = logging.getLogger(__name__)
 
@@ -479,7 +478,7 @@ SCHEMAS = {
     "finals": FINALS,
     "trials": TRIALS,
 }
-"""Table -> schema, in the order in which they are written: what a trial's row sums up is there before it."""
+assert tuple(SCHEMAS) == TABLES
 
 ROW_TYPES: Mapping[str, type[Any]] = {
     "epochs": EpochRow,
@@ -529,11 +528,6 @@ def to_table(rows: list[Any], schema: pa.Schema) -> pa.Table:
 
 def to_rows(table: pa.Table, row_type: type[Row]) -> list[Row]:
     return [row_type(**values) for values in table.to_pylist()]
-
-
-def part_files(study_path: Location, table: str) -> list[Location]:
-    """The parts of a table, oldest first; [] if there is none yet."""
-    return sorted((study_path / table).glob("part-*.parquet"), key=lambda path: path.name)
 
 
 def read_table(study_path: Location, table: str) -> pa.Table:

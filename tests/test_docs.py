@@ -19,7 +19,8 @@ from search.comparison import compare
 from search.ledger import Ledger
 from search.results import Study, write_study_file
 from search.spec import StudySpec
-from search.sql import STUDIES, query
+from search.sql import query
+from search.studies_table import STUDIES
 from search.tables import SCHEMAS, AttemptRow, DiagnosticsRow, EpochRow, LayerRow, TrialRow
 
 ROOT = Path(__file__).parent.parent

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from test_search_ledger import epoch_row, start_writer, trial_row
 
+from search import sql as sql_module
 from search.ledger import Ledger
 from search.results import list_studies, write_study_file
 from search.spec import StudySpec
-from search.sql import STUDIES, QueryFailed, query
+from search.sql import QueryFailed, query, query_rows
+from search.studies_table import STUDIES
 from search.tables import EPOCHS, TRIALS
 from vae.config import InputError
 
@@ -270,6 +273,68 @@ def test_a_query_loads_neither_torch_nor_ray_nor_optuna(storage):
 def test_a_query_says_nothing_on_stderr(storage):
     done = subprocess.run([sys.executable, "-c", QUERY, str(storage)], check=True, capture_output=True, text=True)
     assert done.stderr == ""
+
+
+LIGHT = """
+import sys
+from pathlib import Path
+from search.sql import query_rows
+sql = "SELECT activation, epoch, epochs.val_nelbo FROM epochs JOIN trials USING (study, trial)"
+found = query_rows(sql, Path(sys.argv[1]))
+assert len(found.rows) == 8
+print(*sys.modules)
+"""
+
+
+def test_rows_of_tables_are_had_without_pyarrow_and_pydantic(storage):
+    done = subprocess.run([sys.executable, "-c", LIGHT, str(storage)], check=True, capture_output=True, text=True)
+    assert not set(done.stdout.split()) & {"pyarrow", "pydantic", "numpy", "torch", "ray", "optuna", "rich"}
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "SELECT * FROM trials ORDER BY study, trial",
+        "SELECT * FROM epochs JOIN trials USING (study, trial) ORDER BY study, trial, epoch",
+        "SELECT t, hidden_dims, suggested_at FROM trials AS t ORDER BY study, trial",
+        "DESCRIBE epochs",
+    ],
+)
+def test_decoding_by_duckdb_and_by_pyarrow_give_one_answer(storage, sql, monkeypatch):
+    quick, its_rows = query(sql, storage), query_rows(sql, storage)
+    monkeypatch.setattr(sql_module, "SCHEMA_VERSION", "another")
+    whole = query(sql, storage)
+    assert quick.column_names == whole.column_names == its_rows.columns
+    assert quick.to_pylist() == whole.to_pylist()
+    assert its_rows == query_rows(sql, storage)
+    monkeypatch.undo()
+
+
+def test_rows_tell_which_columns_hold_numbers(storage):
+    numbers = "trial, val_nelbo, sum(epochs), val_nelbo::DECIMAL(9, 2)"
+    sql = f"SELECT {numbers}, activation, hidden_dims FROM trials GROUP BY ALL"
+    assert query_rows(sql, storage).is_number == [True, True, True, True, False, False]
+
+
+@pytest.mark.parametrize("cut", [4, 300])
+def test_a_damaged_part_is_left_out_and_logged(storage, caplog, cut):
+    """One without its footer, and one whose bytes in the middle are others."""
+    (part,) = (storage / "digits" / "trials").iterdir()
+    content = bytearray(part.read_bytes())
+    content[-cut:] = bytes(cut) if cut == 4 else content[-cut:]
+    if cut == 300:
+        content[4:cut] = bytes(cut - 4)
+    part.write_bytes(content)
+    assert rows("SELECT min(study), min(activation), count(*) FROM trials", storage) == [("faces", "gelu", 1)]
+    assert "digits" in caplog.text
+
+
+def test_tables_of_another_version_are_refused(storage):
+    (part,) = (storage / "digits" / "trials").iterdir()
+    metadata = {b"vaesearch.schema_version": b"1"}
+    pq.write_table(pq.read_table(part).replace_schema_metadata(metadata), part)
+    with pytest.raises(InputError, match="version 1"):
+        query("SELECT count(*) FROM trials", storage)
 
 
 def test_every_connection_is_closed_and_the_next_query_starts_afresh(storage):
