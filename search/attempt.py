@@ -21,8 +21,9 @@ from vae.adversarial import make_trainer
 from vae.data import Dataset
 from vae.training import Diverged, Trainer
 
-STEP_S = 1.0
-"""Training pauses at the next rung or after about this long, whichever is first: nothing is decided in between."""
+STEP_S = 2.0
+"""Training pauses at the next rung or after about this long, whichever is first: nothing is decided in between, and
+a pause costs some 15 ms."""
 
 BEATS_A_TIMEOUT = 10
 """While training moves on, the store hears of it this often in the time after which a trial counts as stalled."""
@@ -44,8 +45,18 @@ class Attempt:
     """One configuration in training. `number`: by which the store knows its states."""
 
     def __init__(
-        self, spec: StudySpec, data: Dataset, store: Any, *, number: int, params: Params, seed: int, gpus: float
+        self,
+        spec: StudySpec,
+        data: Dataset,
+        store: Any,
+        *,
+        number: int,
+        params: Params,
+        seed: int,
+        gpus: float,
+        is_first: bool = False,
     ) -> None:
+        """is_first: no attempt at it was made before, so that there is no state to look for."""
         self.number = number
         self.trainer: Trainer | None = None
         self.history: list[dict[str, Any]] = []  # every epoch of the trial, those of earlier attempts too
@@ -56,6 +67,7 @@ class Attempt:
         self._spec, self._data, self._store = spec, data, store
         self._params, self._seed = params, seed
         self._device = "cuda" if gpus and torch.cuda.is_available() else "cpu"
+        self._is_first = is_first
         self._rungs = set(spec.rungs())
 
     @property
@@ -68,7 +80,7 @@ class Attempt:
         return None if self.trainer is None else (self.number, self.trainer.steps, self.rows_scored)
 
     def advance(self) -> None:
-        """Train to the next rung, or for about a second. The first time from a stored state does not train.
+        """Train to the next rung, or for a while. The first time from a stored state does not train.
 
         For a state is a rung's, where the trial may not have been judged yet.
         """
@@ -99,7 +111,7 @@ class Attempt:
                 seed=self._seed,
                 device=self._device,
             )
-            stored: Stored = ray.get(self._store.newest.remote(self.number))
+            stored = Stored(0, None, "") if self._is_first else ray.get(self._store.newest.remote(self.number))
             damaged += [stored.damaged] if stored.damaged else []
             if stored.state is None:
                 break

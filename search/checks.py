@@ -1,15 +1,21 @@
 """What is checked before anything is written: an error here leaves no trace on disk."""
 
+from itertools import pairwise
+
 from search.checkpoints import KEPT
 from search.results import Study
 from search.spec import Range, StudySpec, largest, settings_of, spec_diff, values_of
 from search.storage import free_bytes
-from vae.config import InputError
+from vae.config import InputError, ModelConfig
 from vae.data import Dataset
 
 STATE_COPIES = 4  # weights, their average, and the two moments of Adam, as float32
 STATE_OVERHEAD_BYTES = 64 * 2**10  # of a stored state: its epochs' figures and torch's own frame
 LEDGER_ROW_BYTES = 128  # of an epoch in Parquet, generously
+
+# Of a dense layer: no activation makes it wider than twice; biases, normalisation and what is learned for each unit are
+# so many numbers a unit.
+WIDEST, SMALL = 2, 16
 
 
 def check_batches(spec: StudySpec, data: Dataset) -> None:
@@ -33,11 +39,12 @@ def check_model(spec: StudySpec, data: Dataset) -> None:
         raise InputError(f"{data.config.source}: {error}") from None
 
 
-def disk_budget_bytes(spec: StudySpec, row_shape: tuple[int, ...], concurrency: int) -> int:
-    """What a study takes on its storage at the most: states of the trials under way and of the best, and the tables."""
-    from vae.model import num_parameters  # torch
+def disk_budget_bytes(spec: StudySpec, num_parameters: int, concurrency: int) -> int:
+    """What a study takes on its storage at the most: states of the trials under way and of the best, and the tables.
 
-    weights = 4 * max(map(num_parameters, spec.largest_models(row_shape)))
+    num_parameters: of the largest model.
+    """
+    weights = 4 * num_parameters
     discriminator = weights if spec.train.objective == "vae_gan" else 0  # has an encoder's body, and two moments too
     state = STATE_COPIES * weights + 3 * discriminator + STATE_OVERHEAD_BYTES
     states = KEPT * (concurrency + spec.num_exported) + 1  # one more while it is being written
@@ -47,12 +54,30 @@ def disk_budget_bytes(spec: StudySpec, row_shape: tuple[int, ...], concurrency: 
 
 def check_space(spec: StudySpec, data: Dataset, concurrency: int) -> None:
     """Raises InputError if the study would not fit on its disk."""
-    needed, free = disk_budget_bytes(spec, data.row_shape, concurrency), free_bytes(spec.folder)
-    if free is not None and needed > free:
+    free, models = free_bytes(spec.folder), list(spec.largest_models(data.row_shape))
+    if free is None:
+        return
+    bounds = [bound for model in models if (bound := most_parameters(model)) is not None]
+    if len(bounds) == len(models) and disk_budget_bytes(spec, max(bounds), concurrency) <= free:
+        return
+    from vae.model import num_parameters  # torch: a second, in which trials could have started
+
+    needed = disk_budget_bytes(spec, max(map(num_parameters, models)), concurrency)
+    if needed > free:
         raise InputError(
             f"{spec.folder.parent}: the study may take {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free; "
             f"make room, name another --storage, or lower export.top, resources.concurrency or the model's size"
         )
+
+
+def most_parameters(config: ModelConfig) -> int | None:
+    """No fewer than those of the model, which is not built; None for convolutions."""
+    if config.body == "conv":
+        return None
+    widths = (config.input_dim, *config.hidden_dims, config.latent_dim)
+    nets = [*pairwise(widths), *pairwise(reversed(widths)), (widths[-2], widths[-1])]  # two heads of the encoder
+    is_square = "dynamic_relu" in config.activations  # which has layers of its own
+    return sum(WIDEST * (fan_in + is_square * width + config.apl_hinges + SMALL) * width for fan_in, width in nets)
 
 
 def check_fingerprint(study: Study, data: Dataset) -> None:

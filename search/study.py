@@ -1,6 +1,8 @@
 """`run_study`: wires data, ledger, sampler, early stopping and Ray Tune together. Run and resume are one function."""
 
 import contextlib
+import functools
+import importlib
 import logging
 import os
 import sys
@@ -322,6 +324,7 @@ def _fit(
     from ray import tune
     from ray.exceptions import RayError
     from ray.tune.execution.tune_controller import TuneController
+    from ray.tune.experiment import trial as tune_trial
     from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
     from search.trial import VaeTrial
@@ -352,6 +355,9 @@ def _fit(
         def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
             rounds()
             searcher.claim()
+            searcher.ask_ahead()
+            if not searcher.num_to_come:
+                publishing.start()
 
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             rounds.watchdog.started(trial.trial_id, trial.config["trial"], trial.temporary_state.ray_actor)
@@ -369,6 +375,7 @@ def _fit(
     def resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
         return tune.PlacementGroupFactory([{"CPU": spec.resources.cpus_per_trial, "GPU": config["gpus"]}])
 
+    publishing = _ImportedMeanwhile("search.publish")  # torch: a second, and the last trials leave a core or two
     trainable = tune.with_parameters(VaeTrial, spec=spec, data=data, store=server)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it tells of failed trials, which the ledger has
     with environment(TUNE_ENVIRONMENT), tempfile.TemporaryDirectory(prefix="vaesearch-") as scratch:
@@ -393,9 +400,40 @@ def _fit(
             ),
         )
         ask = TuneController._update_trial_queue
-        # Where nothing may begin yet, Tune (2.60) would ask for a trial for ten minutes and do nothing else meanwhile.
-        with replaced(TuneController, _update_trial_queue=lambda self, blocking=False, timeout=600: ask(self)):
-            tuner.fit()
+        one_trainable = {
+            "get_trainable_cls": functools.cache(tune_trial.get_trainable_cls),
+            "validate_trainable": functools.cache(tune_trial.validate_trainable),
+        }
+        with (
+            # Where nothing may begin yet, Tune (2.60) would ask for a trial for ten minutes and do nothing else.
+            replaced(TuneController, _update_trial_queue=lambda self, blocking=False, timeout=600: ask(self)),
+            # For every trial it would ask Ray's head five times for the trainable, and unpickle it.
+            replaced(tune_trial, **one_trainable),
+        ):
+            try:
+                tuner.fit()
+            finally:
+                publishing.join()
+
+
+class _ImportedMeanwhile:
+    """A module that will be needed, imported in a thread."""
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=importlib.import_module, args=(self._module,))
+            self._thread.start()
+
+    def join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # as `search.rounds.Rounds`
 
 
 def _curves(epochs: pa.Table) -> Mapping[int, "Curve"]:

@@ -1,14 +1,19 @@
-"""The Tune trainable: a thin shell round `search.attempt`. It lives on in its worker from trial to trial."""
+"""The Tune trainable: a thin shell round `search.attempt`. It lives on in its worker from trial to trial.
+
+The driver names it without a need of torch, whose import takes a second: so `search.attempt` waits for `setup`.
+"""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
 
-from search.attempt import Attempt, Ended, Heartbeat, set_up_torch, train_wall_s, visible_gpus, what_ended
 from search.spec import StudySpec
 from vae.data import Dataset
+
+if TYPE_CHECKING:
+    from search.attempt import Ended
 
 
 class VaeTrial(tune.Trainable):
@@ -17,6 +22,8 @@ class VaeTrial(tune.Trainable):
     def setup(  # type: ignore[override]  # with_parameters adds the keywords
         self, config: dict[str, Any], *, spec: StudySpec, data: Dataset, store: Any
     ) -> None:
+        from search.attempt import Heartbeat, set_up_torch, visible_gpus
+
         self._spec, self._data, self._store = spec, data, store
         set_up_torch(spec.resources.cpus_per_trial, config["gpus"])
         self._place = {
@@ -32,6 +39,8 @@ class VaeTrial(tune.Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Begin another trial in this process. All that a trial changes is in its Attempt, which is new."""
+        from search.attempt import Attempt
+
         self._attempt = self._heartbeat.attempt = Attempt(
             self._spec,
             self._data,
@@ -40,11 +49,14 @@ class VaeTrial(tune.Trainable):
             params=new_config["params"],
             seed=new_config["seed"],
             gpus=new_config["gpus"],
+            is_first=new_config["is_first"],
         )
         self._epochs_reported = self._probes_reported = 0  # of the attempt's
         return True
 
     def step(self) -> dict[str, Any]:
+        from search.attempt import Ended, what_ended
+
         ended = Ended("ok")
         try:
             self._attempt.advance()
@@ -54,7 +66,9 @@ class VaeTrial(tune.Trainable):
             ended = what_ended(error)
         return self._result(ended)
 
-    def _result(self, ended: Ended) -> dict[str, Any]:
+    def _result(self, ended: "Ended") -> dict[str, Any]:
+        from search.attempt import train_wall_s
+
         attempt = self._attempt
         trainer, history = attempt.trainer, attempt.history
         epochs, self._epochs_reported = history[self._epochs_reported :], len(history)

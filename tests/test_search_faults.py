@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,7 +29,7 @@ from test_search_study import (
 
 import search.checks
 from search.checkpoints import CheckpointStore, StoreServer
-from search.checks import disk_budget_bytes
+from search.checks import disk_budget_bytes, most_parameters
 from search.events import StudyEvents
 from search.results import Study, open_study
 from search.rounds import BestStates
@@ -36,8 +38,10 @@ from search.space import Space
 from search.spec import StudySpec
 from search.study import run_study
 from search.tables import AttemptRow, EpochRow, TrialRow, read_table
-from vae.config import InputError
+from vae.activations import ACTIVATIONS
+from vae.config import InputError, ModelConfig
 from vae.data import load_data
+from vae.model import num_parameters
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 
@@ -233,9 +237,42 @@ def test_the_disk_budget_is_an_upper_bound_and_not_absurd(small_spec, tmp_path):
             seen.append(sum(path.stat().st_size for path in folder.iterdir()))
 
     run_study(spec, events=[Weighs()])
-    budget = disk_budget_bytes(spec, (8, 8), 1)
+    budget = disk_budget_bytes(spec, max(map(num_parameters, spec.largest_models((8, 8)))), 1)
     assert 0 < max(seen) <= budget
     assert budget < 40 * max(seen)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"hidden_dims": (7,), "normalization": "batch"},
+        {"hidden_dims": (3, 50, 4), "latent_dim": 1, "normalization": "layer", "apl_hinges": 40},
+        {"hidden_dims": (1000, 10), "likelihood": "gaussian", "gaussian_scale": "per_dimension", "latent_dim": 300},
+        {"hidden_dims": (), "latent_dim": 2},
+    ],
+)
+def test_the_bound_on_parameters_is_no_less_than_what_the_model_has(activation, more):
+    config = ModelConfig(input_dim=30, activation=activation, **more)
+    bound = most_parameters(config)
+    assert bound is not None
+    assert num_parameters(config) <= bound
+    assert bound <= 2**14 + 12 * num_parameters(config) or config.apl_hinges > 2  # of no use if far too high
+
+
+def test_torch_is_not_imported_before_the_first_trial_where_the_disk_has_room(small_spec, tmp_path):
+    code = f"""
+import sys
+from search.checks import check_space
+from search.spec import StudySpec
+from vae.data import load_data
+spec = StudySpec.model_validate({small_spec.model_dump(mode="json")!r})
+check_space(spec, load_data(spec.data_config()), 2)
+import search.study, search.sampler, search.trial
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_study_that_does_not_fit_the_disk_is_refused_before_anything_is_written(small_spec, tmp_path, monkeypatch):

@@ -83,7 +83,7 @@ _numbers = itertools.count()
 def trial_config(params: dict[str, Any] = GENTLE, *, seed: int = 7) -> dict[str, Any]:
     """A suggestion with a number that the store has not seen."""
     params = {"batch_size": 64, **params}
-    return {"trial": next(_numbers), "seed": seed, "params": params, "gpus": 0}
+    return {"trial": next(_numbers), "seed": seed, "params": params, "gpus": 0, "is_first": False}
 
 
 def steps(trial: VaeTrial) -> Iterator[dict[str, Any]]:
