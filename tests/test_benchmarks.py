@@ -90,3 +90,45 @@ def test_healthy_activations_on_the_digits_gain_what_they_gained_with_other_code
     for line in lines:
         gain, other = map(float, line.split()[5:7])
         assert gain == pytest.approx(other, abs=0.3), line
+
+
+def printed_by(script: str, *arguments: str) -> str:
+    command = [sys.executable, FOLDER / script, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_benchmark_of_a_step_prints_the_floor_ours_and_the_usual_loop(tmp_path):
+    quick = ["--rounds", "2", "--seconds", "0.02", "--networks", "784-400-20", "--batches", "128"]
+    lines = printed_by("step.py", *quick, "--to", str(tmp_path / "step.parquet")).splitlines()
+    for name in ("floor", "ours, float32", "ours, bfloat16", "loop"):
+        assert any(line.split("128", 1)[-1].strip().startswith(name) for line in lines)
+    assert pq.read_table(tmp_path / "step.parquet").num_rows >= 4 * 2
+
+
+def test_the_benchmark_of_suggestions_asks_both_samplers():
+    output = printed_by("asks.py", "--sizes", "20", "40", "--pairs", "2", "--trials", "20")
+    assert "20" in output
+    assert "40" in output
+
+
+def test_the_benchmark_of_queries_takes_pairs_of_each(tmp_path):
+    output = printed_by("query.py", "--trials", "20", "--pairs", "1", "--to", str(tmp_path / "query.parquet"))
+    for name in ("count", "by trial", "top 10", "--help"):
+        assert name in output
+    assert {"count", "by trial", "top 10"} <= set(pq.read_table(tmp_path / "query.parquet")["query"].to_pylist())
+
+
+@pytest.mark.system
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(not MNIST.is_dir(), reason="the MNIST files are not beside this checkout")
+def test_the_benchmark_of_whole_runs_accounts_for_all_of_the_time_of_each_arm(tmp_path):
+    file, trials, workers = tmp_path / "runs.parquet", 4, 2
+    quick = ["--short-trials", str(trials), "--short-epochs", "1", "--rows", "1000", "--repeats", "1"]
+    printed_by("throughput.py", "--only", "short", *quick, "--data-dir", str(MNIST), "--to", str(file))
+    rows = pq.read_table(file).to_pylist()
+    assert sorted(row["arm"] for row in rows) == sorted(["ray", "optuna", "optuna+step", "vaesearch", "floor"])
+    for row in rows:
+        assert row["full"] == trials
+        in_turn = trials / workers
+        accounted = row["begin_s"] + in_turn * (row["train_s"] + row["beside_s"]) + (in_turn - 1) * row["gap_s"]
+        assert accounted + row["end_s"] == pytest.approx(row["wall_s"], abs=1e-6)
