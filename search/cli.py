@@ -3,15 +3,15 @@
 import os
 import shlex
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from search.interrupts import LEFT_BEHIND, Interrupted, remember_interrupts
+from search.interrupts import Interrupted, remember_interrupts
 from search.layout import DEFAULT_STORAGE
+from search.status import end_with_status
 from vae.config import InputError
 
 if TYPE_CHECKING:
@@ -649,30 +649,11 @@ def _tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def main() -> None:
-    """The command. Exit status: 0 done, 1 failed, 2 wrong usage or file, 130 and 143 interrupted."""
+def main() -> NoReturn:
+    """The command; see `search.status` for how it ends."""
     remember_interrupts()
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]  # wherever it stands
-    try:
-        app(args=arguments)
-    except SystemExit as end:
-        _leave(end.code if isinstance(end.code, int) else 0)
-    except KeyboardInterrupt:
-        _leave(130)
-    except Exception as error:
-        if len(arguments) < len(sys.argv) - 1:
-            raise
-        print(f"vaesearch: {error or type(error).__name__}", file=sys.stderr)
-        _leave(2 if isinstance(error, InputError) else 1)
-
-
-def _leave(code: int) -> NoReturn:
-    """End the process; at once where a storage that does not answer would hold up the usual end."""
-    if any(thread.name == LEFT_BEHIND for thread in threading.enumerate()):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    end_with_status(lambda: app(args=arguments), is_debugging=len(arguments) < len(sys.argv) - 1)
 
 
 def _folder(storage: str, study: str) -> "Location":

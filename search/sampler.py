@@ -154,11 +154,12 @@ class StudySearcher(Searcher):
         return live.config
 
     def ask_ahead(self) -> None:
-        """While all workers are busy: have the next suggestion on disk, so that none has to wait for it.
+        """While several trials are under way: have the next suggestion on disk, so that no worker waits for it.
 
-        It is made without what is not known yet of the trials under way, as those of several workers always are.
+        It is made without what they will show, as the last one was without the others; a single worker waits.
         """
-        if self._live and self._asked is None and not (self._lost or self._is_all_asked or self.gave_up):
+        is_wanted = len(self._live) > 1 and not self.is_holding_back
+        if is_wanted and self._asked is None and not (self._lost or self._is_all_asked or self.gave_up):
             self._asked = self._ask()
             self.ledger.announce_trial(self._asked.row)
 
@@ -413,7 +414,7 @@ class Arm:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.spec = spec
         self.space = Space(spec.arms()[index])
-        self._past = Past()
+        self._past = Past(spec.sampler.startup_trials)
         self.study = optuna.create_study(direction="minimize", sampler=self.sampler(0))
         is_comparison = spec.goal == "compare-activations"
         self._settings = Space(spec.space).settings(spec.comparison.settings, spec.seed) if is_comparison else []

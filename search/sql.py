@@ -1,12 +1,15 @@
 """SQL over the Parquet of all studies of a storage folder: read-only, and able to reach nothing else.
 
 A query sees each part as it was at one moment: parts are replaced while a study runs, and duckdb opens a file by its
-name again for every mention. So each is opened here, once. Most often duckdb is given what was opened, and decodes
-the columns that it needs. Where that does not do (a part is damaged or was replaced just now, another version wrote it,
-a table has no part yet, the SQL asks for `studies`, speaks of files or is wrong), the tables are read whole and decoded
-by pyarrow, as everywhere else; that takes longer, and tells what is the matter.
+name again for every mention. So each is read here, once. Most often duckdb is given copies in memory that nobody can
+change (what it may read it may write, too: duckdb 2.0, COPY within a CTE), and decodes the columns that it needs. Where
+that does not do (a part is damaged, another version wrote it, a table has no part yet, the SQL asks for `studies`,
+speaks of files or is wrong), the tables are read whole and decoded by pyarrow, as everywhere else; that takes longer,
+and tells what is the matter.
 """
 
+import fcntl
+import logging
 import os
 import sys
 import threading
@@ -24,6 +27,8 @@ from vae.config import InputError
 if TYPE_CHECKING:
     import pyarrow as pa
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 Take = Callable[[duckdb.DuckDBPyRelation], T]
 """What is to be had of an answer."""
@@ -32,7 +37,8 @@ TIME_LIMIT_S = 300.0
 ELSEWHERE = ("studies", "parquet", "read_", "glob")
 """SQL with one of these asks for no table of a study alone, or by the names of files."""
 
-NUMBERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "UBIGINT", "FLOAT", "DOUBLE", "DECIMAL")
+NUMBERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "FLOAT", "DOUBLE", "DECIMAL")  # or U before them
+SEALED = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
 
 class QueryFailed(InputError):
@@ -59,7 +65,7 @@ def query_rows(sql: str, storage: str | Location, time_limit_s: float = TIME_LIM
 
 
 def _rows_of(relation: duckdb.DuckDBPyRelation) -> Rows:
-    is_number = [str(of).partition("(")[0] in NUMBERS for of in relation.types]
+    is_number = [str(of).partition("(")[0].removeprefix("U") in NUMBERS for of in relation.types]
     return Rows(list(relation.columns), is_number, relation.fetchall())
 
 
@@ -72,8 +78,8 @@ def _answer(sql: str, storage: str | Location, time_limit_s: float, take: Take[T
         with _over_parts(sql, folders) as connection:
             if connection is not None:
                 return _within(time_limit_s, connection, sql, take)
-    except (duckdb.Error, OSError):
-        pass
+    except (duckdb.Error, OSError) as error:
+        log.debug("not by the parts alone: %s", error)
     with _over_tables(sql, storage) as connection:
         try:
             return _within(time_limit_s, connection, sql, take)
@@ -88,6 +94,10 @@ def _within(time_limit_s: float, connection: duckdb.DuckDBPyConnection, sql: str
         return take(connection.sql(sql))
     except duckdb.InterruptException:
         raise QueryFailed(f"the query took longer than {time_limit_s:g} s and was stopped") from None
+    except RuntimeError as error:
+        if str(error) == "Query interrupted":  # duckdb's (2.0) word for a Ctrl-C
+            raise KeyboardInterrupt from None
+        raise
     finally:
         timer.cancel()
 
@@ -127,14 +137,18 @@ def _over_parts(sql: str, folders: list[Location]) -> Iterator[duckdb.DuckDBPyCo
 
 @contextmanager
 def _opened(part: Location) -> Iterator[str]:
-    """A name for a part that stays with its present content."""
-    if isinstance(part, RemotePath):
-        file = os.memfd_create(part.name)
-        with open(file, "wb", closefd=False) as copy:
-            copy.write(part.read_bytes())
-    else:
-        file = os.open(part, os.O_RDONLY)
+    """A name for a part's present content, which can be read and not be written."""
+    file = os.memfd_create(part.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
+        if isinstance(part, RemotePath):
+            with open(file, "wb", closefd=False) as copy:
+                copy.write(part.read_bytes())
+        else:
+            with open(part, "rb") as source:
+                done, size = 0, os.fstat(source.fileno()).st_size
+                while done < size:
+                    done += os.sendfile(file, source.fileno(), done, size - done)
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, SEALED)
         yield f"/proc/self/fd/{file}"
     finally:
         os.close(file)

@@ -1,39 +1,32 @@
 """What `vaesearch` begins with.
 
 A query in its plain form is answered from here: typer, and pydantic which typer (0.29) loads to read any option, take
-as long to import as duckdb needs for a million rows. All else is `search.cli`'s, errors of a query too.
+as long to import as duckdb needs for a million rows. All else is `search.cli`'s.
 """
 
 import os
 import sys
 
 from search.layout import DEFAULT_STORAGE
+from search.status import end_with_status
 
 
 def main() -> None:
     """The command."""
     match sys.argv[1:]:
         case ["query", sql] if not sql.startswith("-"):
-            is_done = _answered(sql, os.environ.get("VAESEARCH_STORAGE") or DEFAULT_STORAGE)
+            storage = os.environ.get("VAESEARCH_STORAGE") or DEFAULT_STORAGE
         case ["query", sql, "--storage", storage] if not sql.startswith("-"):
-            is_done = _answered(sql, storage)
+            pass
         case _:
-            is_done = False
-    if not is_done:
-        from search.cli import main as others
+            from search.cli import main as others
 
-        others()
+            others()
+    end_with_status(lambda: _query(sql, storage))
 
 
-def _answered(sql: str, storage: str) -> bool:
-    """Whether it could be; if not, whoever tries again tells why."""
+def _query(sql: str, storage: str) -> None:
     from search.output import write_rows
     from search.sql import query_rows
 
-    try:
-        write_rows(query_rows(sql, storage), None)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception:
-        return False
-    return True
+    write_rows(query_rows(sql, storage), None)

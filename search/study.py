@@ -60,6 +60,7 @@ TUNE_ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
 LAST_FLUSH_S = 1.0  # what an interrupted study may take for its last rows
+IMPORT_WAIT_S = 0.5  # what an interrupted study may wait for a module that it will not need
 LOGGED_VERSIONS = ("vaesearch", "ray", "torch", "optuna", "numpy", "pyarrow")
 
 
@@ -413,7 +414,7 @@ def _fit(
             try:
                 tuner.fit()
             finally:
-                publishing.join()
+                publishing.join(IMPORT_WAIT_S)
 
 
 class _ImportedMeanwhile:
@@ -428,9 +429,9 @@ class _ImportedMeanwhile:
             self._thread = threading.Thread(target=importlib.import_module, args=(self._module,))
             self._thread.start()
 
-    def join(self) -> None:
+    def join(self, timeout_s: float) -> None:
         if self._thread is not None:
-            self._thread.join()
+            join_or_leave(self._thread, timeout_s)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # as `search.rounds.Rounds`

@@ -14,7 +14,8 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 LIMIT = 500
-"""Ended trials that TPE is shown. From 250 on it takes the best `GOOD` for good, however many there are."""
+"""Ended trials that TPE is shown, where it may begin with so many. From 250 on it takes the best `GOOD` for good,
+however many there are."""
 
 GOOD = 25  # as many as `optuna.samplers._tpe.sampler.default_gamma` has at most
 
@@ -24,7 +25,9 @@ ENDED = (TrialState.COMPLETE, TrialState.PRUNED)  # what TPE learns from
 class Past:
     """What is known of the ended trials of a study. They don't change: each is looked at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, startup_trials: int = 0) -> None:
+        """startup_trials: as many are drawn at random before TPE begins, so no fewer must be seen."""
+        self._limit = max(LIMIT, startup_trials)
         self._num_seen = 0
         self._open: list[int] = []  # numbers of trials that may end yet
         self._ended: list[int] = []  # ascending
@@ -40,11 +43,11 @@ class Past:
                 self._look_at(number, trials[number])
             elif not trials[number].state.is_finished():
                 self._open.append(number)
-        if len(self._ended) <= LIMIT:
+        if len(self._ended) <= self._limit:
             return trials
         kept = {number for _, number in self._good} | set(self._kinds.values())
         others = [number for number in self._ended if number not in kept]
-        count = max(0, LIMIT - len(kept))
+        count = max(0, self._limit - len(kept))
         kept.update(others[-1 - index * len(others) // count] for index in range(count))
         kept.update(self._open)
         return [trials[number] for number in sorted(kept)]

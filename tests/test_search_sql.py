@@ -344,3 +344,28 @@ def test_every_connection_is_closed_and_the_next_query_starts_afresh(storage):
     make_study(storage / "more", [("elu", 1.0)])
     assert rows("SELECT count(*) FROM trials", storage) == [(5,)]
     assert [study.name for study in list_studies(storage)] == ["digits", "faces", "more"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere duckdb is given no files at all")
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "EXPLAIN ANALYZE COPY (SELECT 1 AS a FROM trials) TO '/proc/self/fd/{}' (FORMAT csv, USE_TMP_FILE false)",
+        "WITH t AS (COPY (SELECT 1 FROM trials) TO '/proc/self/fd/{}' (FORMAT csv, USE_TMP_FILE false)) SELECT * FROM t",
+    ],
+)
+def test_what_duckdb_may_read_it_cannot_write(storage, sql):
+    before = files_under(storage)
+    answer = rows("SELECT count(*) FROM trials", storage)
+    for number in range(64):  # one of which is the part's
+        with pytest.raises(QueryFailed):
+            query_rows(sql.format(number), storage)
+    assert files_under(storage) == before
+    assert rows("SELECT count(*) FROM trials", storage) == answer
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere duckdb is given no files at all")
+def test_a_plain_query_is_answered_by_the_parts_alone(storage, monkeypatch):
+    monkeypatch.setattr(sql_module, "_over_tables", None)
+    assert query_rows("SELECT count(*) FROM epochs", storage).rows == [(8,)]
+    assert query_rows("SELECT count(*) FROM trials JOIN epochs USING (study, trial)", storage).rows == [(8,)]

@@ -224,7 +224,12 @@ class Trainer:
         return copy.deepcopy(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another trainer of the same configs and data stood."""
+        """Go on where another trainer of the same configs and data stood.
+
+        Raises ValueError for one that was done, and is to be trained for longer here: it has left its optimizer.
+        """
+        if state["optimizer"] is None and state["epoch"] < self.config.max_epochs:
+            raise ValueError(f"a training that ended with {state['epoch']} epochs cannot go on: it has no optimizer")
         self.model.load_state_dict(state["model"])
         if self._averaged is not None:
             self._averaged.load_state_dict(state["averaged"])
@@ -393,6 +398,8 @@ class _AdamW(torch.optim.AdamW):
         """Moves all parameters that have a gradient."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
             states = [self.state[p] or self._begin(p) for p in parameters]
             steps = states[0]["step"].add_(1)
             for state in states:

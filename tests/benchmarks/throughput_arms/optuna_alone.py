@@ -96,7 +96,7 @@ def main() -> None:
     def objective(trial: optuna.Trial) -> float:
         started = time.time()
         rate = trial.suggest_float("learning_rate", 1e-4, 3e-3, log=True) if args.search_rate else 1e-3
-        value = train_vae(trial.suggest_int("seed", 0, 1_000_000), rate)
+        value = train_vae(trial.number, rate)
         ended = time.time()
         record = {"started": started, "ended": ended, "train_s": ended - started, "epochs": args.epochs, "value": value}
         with args.out.open("a") as file:
