@@ -28,6 +28,9 @@ READ_TIMEOUT_S = 60.0
 POLL_EVERY_S = 0.5
 POLL_SHARE = 5  # a poll that took long is followed by this many times its length of rest
 RECONNECT_FOR_S = 150.0
+WATCHED_S = 3.0
+"""So long Ray (2.60) looks after a job that has ended: another one of its id it would take for that, and for dead."""
+
 DEFAULT_PORT = 8265
 MARK = "vaesearch-job-"
 """Begins the first line of a job's output, which is that of no other job: those of one id share a file (ray 2.60)."""
@@ -195,6 +198,13 @@ class Jobs:
             if job is not None and not job.has_ended:
                 raise JobExists(f"{self.address}: the job {job_id} is {job.state}, and is not forgotten")
         self._raise_unless_ok(response)
+
+    def make_way(self, ended: Job) -> None:
+        """Forget a job that has ended, for another one of its id. Waits where it ended just now. Raises as `delete`."""
+        if ended.ended_at is not None:
+            age_s = (datetime.now(UTC) - ended.ended_at).total_seconds()  # negative where clocks differ
+            time.sleep(min(max(0.0, WATCHED_S - age_s), WATCHED_S))
+        self.delete(ended.job_id)
 
     def run(self, entrypoint: str, *, working_dir: Path | None = None, timeout_s: float) -> str:
         """A short job to its end: what it said. Raises JobFailed."""

@@ -89,7 +89,7 @@ def submit(jobs: Jobs, spec: StudySpec, *, extend: int = 0, data_on_cluster: boo
         write_package(spec, Path(folder), data_on_cluster)
         try:
             if former is not None:
-                jobs.delete(spec.name)
+                jobs.make_way(former)
             job = jobs.submit(
                 spec.name,
                 _entrypoint(spec, extend),

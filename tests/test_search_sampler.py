@@ -394,35 +394,49 @@ def test_an_attempt_of_a_driver_that_died_is_interrupted(tmp_path):
 
 
 def test_a_suggestion_made_ahead_is_on_disk_and_waits_for_the_next_worker(tmp_path):
-    desk = Desk(tmp_path / "s", make_spec(budget={"trials": 3}))
+    desk = Desk(tmp_path / "s", make_spec(budget={"trials": 4}))
     desk.searcher.ask_ahead()
-    assert desk.searcher.num_to_come == 3  # there is nothing to wait for before the first
     trial_id, _ = desk.ask()
+    desk.searcher.ask_ahead()
+    assert len(read_trials(desk.path)) == 1  # a single worker's next trial may as well know of the last
+    desk.ask()
     for _ in range(2):
         desk.searcher.ask_ahead()  # again and again, and one it is
-    assert desk.row(1).state == "RUNNING"
-    assert len(read_trials(desk.path)) == 2
-    assert attempts(desk, 1) == [(1, None, None, 0)]
-    params = desk.row(1).params
+    assert desk.row(2).state == "RUNNING"
+    assert len(read_trials(desk.path)) == 3
+    assert attempts(desk, 2) == [(1, None, None, 0)]
+    params = desk.row(2).params
     assert desk.searcher.num_to_come == 2
     desk.end(trial_id, result(curve(1, 6), final=True))
     _, config = desk.ask()
-    assert (config["trial"], config["is_first"]) == (1, True)
+    assert (config["trial"], config["is_first"]) == (2, True)
     assert config["params"].items() <= params.items()
     desk.ask()
     desk.searcher.ask_ahead()
     assert desk.searcher.num_to_come == 0
-    assert [row.attempts for row in read_trials(desk.path)] == [1, 1, 1]
+    assert [row.attempts for row in read_trials(desk.path)] == [1, 1, 1, 1]
+
+
+def test_nothing_is_suggested_ahead_while_others_have_the_cluster(tmp_path):
+    desk = Desk(tmp_path / "s", make_spec(budget={"trials": 4}))
+    desk.ask()
+    desk.ask()
+    desk.searcher.slots_for = lambda wanted, at_work: 2
+    desk.searcher.claim()
+    assert desk.searcher.is_holding_back
+    desk.searcher.ask_ahead()
+    assert len(read_trials(desk.path)) == 2
 
 
 def test_a_suggestion_made_ahead_is_the_next_one_of_a_driver_that_comes_after(tmp_path):
     desk = Desk(tmp_path / "study", make_spec(budget={"trials": 3}))
     desk.ask()
+    desk.ask()
     desk.searcher.ask_ahead()
     again = desk.reborn(tmp_path / "copy")
-    configs = [again.ask()[1] for _ in range(2)]
-    assert [config["trial"] for config in configs] == [0, 1]
-    assert configs[1] == anew(desk.ask()[1])
+    configs = [again.ask()[1] for _ in range(3)]
+    assert [config["trial"] for config in configs] == [0, 1, 2]
+    assert configs[2] == anew(desk.ask()[1])
 
 
 def test_a_trial_whose_worker_is_lost_is_suggested_again_also_as_the_last_of_all(tmp_path):

@@ -351,7 +351,7 @@ def test_every_connection_is_closed_and_the_next_query_starts_afresh(storage):
     "sql",
     [
         "EXPLAIN ANALYZE COPY (SELECT 1 AS a FROM trials) TO '/proc/self/fd/{}' (FORMAT csv, USE_TMP_FILE false)",
-        "WITH t AS (COPY (SELECT 1 FROM trials) TO '/proc/self/fd/{}' (FORMAT csv, USE_TMP_FILE false)) SELECT * FROM t",
+        "WITH t AS (COPY (SELECT 1 FROM trials) TO '/proc/self/fd/{}' (FORMAT csv, USE_TMP_FILE false)) FROM t",
     ],
 )
 def test_what_duckdb_may_read_it_cannot_write(storage, sql):

@@ -205,7 +205,8 @@ def test_a_study_that_was_stopped_goes_on_with_the_same_submit(cluster: Project,
     before = finished(cluster, "stopped")
     assert 1 <= before < 3
 
-    assert vaesearch(cluster, "submit", str(study), cwd=tmp_path).returncode == 0
+    again = vaesearch(cluster, "submit", str(study), cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
     assert vaesearch(cluster, "logs", "-f", "stopped", cwd=tmp_path, timeout=240).returncode == 0
     attempts = on_head(cluster, "SELECT trial, outcome FROM attempts WHERE study = 'stopped'")
     assert Counter(row["trial"] for row in attempts if row["outcome"] == "ended") == dict.fromkeys(range(3), 1)

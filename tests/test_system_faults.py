@@ -169,8 +169,8 @@ def test_resume_finds_the_spec_in_the_studys_folder_and_is_the_same_as_run_again
 
 
 def test_a_soak_with_a_killer_of_workers_loses_and_doubles_nothing(tmp_path):
-    """Every 2 seconds, with probability 0.05, a random worker is killed: some of them twice, none for good."""
-    rng = random.Random(1)  # strikes four times in the first minute
+    """Every 2 seconds, with probability 0.15, a random worker is killed: some of them twice, none for good."""
+    rng = random.Random(1)  # strikes five times in the first 40 seconds
     kills = 0
     budget = ("--trials", "40", "--set", "scheduler.kind=none", "--set", "budget.max_retries=10")
     with driver("run", "--name", "soak", *SLOWER, *budget, "--max-epochs", "20", cwd=tmp_path) as running:
@@ -180,7 +180,7 @@ def test_a_soak_with_a_killer_of_workers_loses_and_doubles_nothing(tmp_path):
             assert time.monotonic() < deadline, running.stderr[-5:]
             time.sleep(2)
             workers = worker_pids(Study(tmp_path / "studies" / "soak"))
-            if workers and rng.random() < 0.05:
+            if workers and rng.random() < 0.15:
                 try:
                     os.kill(rng.choice(workers), signal.SIGKILL)
                     kills += 1
@@ -551,7 +551,8 @@ def test_a_thousand_trials_cost_little_memory_few_files_and_steady_time(tmp_path
     assert done.returncode == 0, done.stderr[-3000:]
     seen = json.loads(done.stdout.splitlines()[-1])
     at = {ended: (when, memory) for ended, when, memory in seen}
-    growth = (at[TRIALS][1] - at[200][1]) / (TRIALS - 200)
+    before_end = TRIALS - 100  # with the last trials comes torch
+    growth = (at[before_end][1] - at[200][1]) / (before_end - 200)
     fifth = TRIALS // 5
     first, last = (at[end][0] - at[end - fifth + 100][0] for end in (fifth, TRIALS))  # without the start
     files = [path for path in (tmp_path / "studies" / "long").rglob("*") if path.is_file()]
