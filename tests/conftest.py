@@ -59,7 +59,6 @@ def small_spec(tmp_path_factory: pytest.TempPathFactory) -> StudySpec:
     return StudySpec.model_validate(
         {
             "name": "small",
-            "seed": 2,  # three trials to the end, some stopped at either rung
             "model": {"hidden_dims": [32]},
             "train": {"kl_warmup_epochs": 0, "lr_schedule": "constant", "batch_size": 32},
             "space": {

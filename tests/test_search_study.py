@@ -367,7 +367,7 @@ def test_a_search_cut_off_at_its_end_is_published_by_the_next_run(copy, monkeypa
     [
         ({"budget": {"max_epochs": 9}}, ["budget.max_epochs", "8", "9"]),
         ({"space": {"activation": ["tanh"]}}, ["space.activation", "tanh"]),
-        ({"seed": 5}, ["seed", "2", "5"]),
+        ({"seed": 5}, ["seed", "0", "5"]),
         ({"budget": {"trials": 7}}, ["budget.trials", "6", "7", "--extend"]),
         ({"data": {"binarize": "threshold"}}, ["data.binarize", "dynamic", "threshold"]),
     ],
