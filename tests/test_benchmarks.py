@@ -17,6 +17,11 @@ MAX_EPOCHS = 60
 MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
 
 
+def printed_by(script: str, *arguments: str) -> str:
+    command = [sys.executable, FOLDER / script, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def test_the_table_has_hundreds_of_configurations_for_each_warm_up_with_every_epoch_of_the_budget():
     assert TABLE.stat().st_size < 2_000_000
     rows = pq.read_table(TABLE).to_pylist()
@@ -28,9 +33,14 @@ def test_the_table_has_hundreds_of_configurations_for_each_warm_up_with_every_ep
 
 
 def test_a_row_of_the_table_is_trained_again_to_the_same_curve():
-    """Its beginning, and but for the draws: those of the table are of an earlier version."""
+    """Its beginning: the last bits of a matrix product are another machine's affair, and grow.
+
+    With the draws that there were when the table was made, and the gradient by autograd.
+    """
     code = (
-        "import json, pyarrow.parquet as pq, make_curves as m\n"
+        "import json, torch, pyarrow.parquet as pq, make_curves as m, vae.training as t\n"
+        "t.covers, t.limits = lambda model: False, lambda rows: rows\n"
+        "t.coins = lambda rows: torch.rand_like(rows).lt_(rows)\n"
         "row = pq.read_table(m.TABLE).to_pylist()[700]\n"
         "m.Trainer.__iter__ = lambda self: (self.train_epoch() for _ in range(4))\n"
         "keys = ('kl_warmup_epochs', 'setting', 'activation', *m.RANGED)\n"
@@ -40,16 +50,13 @@ def test_a_row_of_the_table_is_trained_again_to_the_same_curve():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=FOLDER, capture_output=True, text=True, check=True)
     recon, recon_again, kl, kl_again = np.array(json.loads(done.stdout))
-    assert np.allclose(recon, recon_again, atol=0.05)
-    assert np.allclose(kl, kl_again, atol=0.05)
+    assert np.allclose(recon, recon_again, atol=0.02)
+    assert np.allclose(kl, kl_again, atol=0.02)
 
 
 def test_the_benchmark_prints_a_table_in_which_every_search_hands_over_a_model():
     arguments = ["--seeds", "2", "--warmups", "20", "--budgets", "240", "--processes", "1"]
-    done = subprocess.run(
-        [sys.executable, FOLDER / "replay.py", *arguments], capture_output=True, text=True, check=True
-    )  # fmt: skip
-    lines = done.stdout.splitlines()
+    lines = printed_by("replay.py", *arguments).splitlines()
     for name in ("random", "stock (a)", "stock (b)", "stock (c)", "vaesearch"):
         assert any(name in line for line in lines)
     (first, second) = (line for line in lines if line.startswith("   240"))
@@ -60,11 +67,8 @@ def test_the_benchmark_prints_a_table_in_which_every_search_hands_over_a_model()
 @pytest.mark.skipif(not MNIST.is_dir(), reason="the real MNIST files are not beside this repository")
 def test_the_runs_on_mnist_print_a_line_each_with_the_reference_and_leave_their_models(tmp_path):
     cut = ["--epochs", "1", "--train-images", "300", "--test-images", "20", "--samples", "10"]
-    folders = ["--data-dir", MNIST, "--save", tmp_path]
-    done = subprocess.run(
-        [sys.executable, FOLDER / "mnist.py", *cut, *folders], capture_output=True, text=True, check=True
-    )  # fmt: skip
-    title, head, *lines = done.stdout.splitlines()
+    folders = ["--data-dir", str(MNIST), "--save", str(tmp_path)]
+    title, head, *lines = printed_by("mnist.py", *cut, *folders).splitlines()
     assert "20 test images, 10 importance samples" in title
     assert [line.split()[0] for line in lines] == ["burda-mini", "strong-mini"]
     assert ["86.76" in line for line in lines] == [True, False]
@@ -82,19 +86,11 @@ def test_the_runs_on_mnist_print_a_line_each_with_the_reference_and_leave_their_
 @pytest.mark.timeout(300)
 def test_healthy_activations_on_the_digits_gain_what_they_gained_with_other_code():
     names = ["silu", "elu", "leaky_relu(0.2)", "tanh", "linear"]
-    done = subprocess.run(
-        [sys.executable, FOLDER / "digits.py", *names, "--seeds", "1"], capture_output=True, text=True, check=True
-    )  # fmt: skip
-    _, *lines = done.stdout.splitlines()
+    _, *lines = printed_by("digits.py", *names, "--seeds", "1").splitlines()
     assert len(lines) == 2 * len(names)
     for line in lines:
         gain, other = map(float, line.split()[5:7])
         assert gain == pytest.approx(other, abs=0.3), line
-
-
-def printed_by(script: str, *arguments: str) -> str:
-    command = [sys.executable, FOLDER / script, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def test_the_benchmark_of_a_step_prints_the_floor_ours_and_the_usual_loop(tmp_path):

@@ -121,7 +121,7 @@ class Trainer:
         self._averaged = copy.deepcopy(self.model) if train_config.ema_decay else None
         self.no_latent_nelbo = _no_latent_nelbo(data, model_config.likelihood, model_config.gaussian_scale)
         self.no_latent_objective = self.no_latent_nelbo  # the objective of a model that ignores its latents
-        self._by_hand = PlainGradient(self.model, _PRECISIONS[train_config.precision]) if covers(self.model) else None
+        self._by_hand = self._gradient_by_hand()
         self._parameters = list(self.model.parameters())
         self.optimizer = _AdamW(
             parameter_groups(self.model, train_config.weight_decay), lr=train_config.learning_rate, fused=True
@@ -298,6 +298,10 @@ class Trainer:
         loss = recon + self._kl_weight() * (free_bits_kl(mu, logvar, free_bits) if free_bits else kl)
         loss.backward()
         return loss.detach(), recon.detach(), kl.detach()
+
+    def _gradient_by_hand(self) -> PlainGradient | None:
+        """None: autograd's."""
+        return PlainGradient(self.model, _PRECISIONS[self.config.precision]) if covers(self.model) else None
 
     def _gradient_norm(self) -> Tensor:
         if self._by_hand is not None:
