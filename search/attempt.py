@@ -55,8 +55,10 @@ class Attempt:
         seed: int,
         gpus: float,
         is_first: bool = False,
+        keep_below: float = math.inf,
     ) -> None:
-        """is_first: no attempt at it was made before, so that there is no state to look for."""
+        """is_first: no attempt at it was made before, so that there is no state to look for. keep_below: a last
+        state with a higher objective is nobody's."""
         self.number = number
         self.trainer: Trainer | None = None
         self.history: list[dict[str, Any]] = []  # every epoch of the trial, those of earlier attempts too
@@ -67,7 +69,7 @@ class Attempt:
         self._spec, self._data, self._store = spec, data, store
         self._params, self._seed = params, seed
         self._device = "cuda" if gpus and torch.cuda.is_available() else "cpu"
-        self._is_first = is_first
+        self._is_first, self._keep_below = is_first, keep_below
         self._rungs = set(spec.rungs())
 
     @property
@@ -135,7 +137,8 @@ class Attempt:
             self.history.append(asdict(trainer.train_epoch()))
             if trainer.epoch in self._rungs or self.is_final:
                 self._probe()
-                self._store_state()
+                if not self.is_final or self.history[-1]["objective"] <= self._keep_below:
+                    self._store_state()
                 break
             if time.monotonic() - started >= STEP_S:
                 break

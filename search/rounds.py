@@ -126,6 +126,15 @@ class BestStates(StudyEvents):
         self._kept = exported(self._spec, [*self._kept, row])
         self._unneeded |= candidates - {kept.trial for kept in self._kept}
 
+    def keep_below(self, row: TrialRow) -> float:
+        """The objective above which the weights of a trial are of no use, whatever others come to."""
+        if not self._spec.num_exported:
+            return -math.inf
+        others = self._kept[-1:] if len(self._kept) == self._spec.num_exported else []
+        if self._spec.goal == "compare-activations":  # only the best of each is kept
+            others = others + [kept for kept in self._kept if kept.activations == row.activations]
+        return min((other.ranks_by for other in others if other.ranks_by is not None), default=math.inf)
+
     def drop_unneeded(self) -> None:
         """To be called while all that the ledger knows of trials is on disk."""
         for trial in self._unneeded:

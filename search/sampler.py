@@ -15,6 +15,7 @@ history alone.
 """
 
 import dataclasses
+import math
 import time
 import warnings
 from collections import deque
@@ -62,6 +63,7 @@ class _Live:
     attempt: AttemptRow = field(init=False)
     told: float | None = None  # of its last epoch
     losses: int = 0  # of its workers, in this run
+    keep_below: float = math.inf  # as it began: an objective above is too high for its weights to be kept
     is_stalled: bool = False  # its worker is being taken away because nothing moved
 
     @property
@@ -73,6 +75,7 @@ class _Live:
             "params": self.params,
             "gpus": self.gpus,
             "is_first": self.row.attempts == 1,
+            "keep_below": self.keep_below,
         }
 
 
@@ -92,6 +95,7 @@ class StudySearcher(Searcher):
         self.arms = [Arm(spec, index, rows, curves) for index in range(spec.num_arms)]
         self.while_waiting: Callable[[], None] = lambda: None  # called while there is nothing to suggest yet
         self.slots_for: SlotsFor = lambda wanted, under_way: wanted  # how many trials may be under way
+        self.keep_below: Callable[[TrialRow], float] = lambda row: math.inf  # see `search.rounds.BestStates`
         self.packing: Packing | None = None  # of trials on a GPU, where it was measured
         self.is_holding_back = False  # what others on the cluster have a right to
         self.failures: list[TrialRow] = []  # in a row, up to now
@@ -129,6 +133,7 @@ class StudySearcher(Searcher):
         if self._lost and not self.gave_up:
             live = self._lost.popleft()
             self._begin_attempt(live)
+            live.keep_below = self.keep_below(live.row)
             self.ledger.update_trial(live.row)
             self._live[trial_id] = live
             return live.config
@@ -145,7 +150,7 @@ class StudySearcher(Searcher):
             self.while_waiting()
             return None
         self._asked = None
-        live.gpus = self.gpus  # which may have changed since
+        live.gpus, live.keep_below = self.gpus, self.keep_below(live.row)  # which may have changed since
         live.attempt = dataclasses.replace(live.attempt, gpus=live.gpus, started_at=_now())
         self.ledger.update_attempt(live.attempt)
         self._live[trial_id] = live

@@ -239,6 +239,7 @@ class _Driver:
             watchdog = Watchdog(spec.budget.stall_timeout_s, ray.kill)
             rounds = self._rounds(ledger, server, watchdog, searcher.stalled, best.drop_unneeded)
             searcher.while_waiting, searcher.slots_for, searcher.packing = rounds, self.slots_for, self.packing
+            searcher.keep_below = best.keep_below
             _fit(spec, self.data, server, searcher, stopping, concurrency, rounds)
             rounds.finish()
         self.packing = searcher.packing  # as it turned out

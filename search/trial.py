@@ -50,6 +50,7 @@ class VaeTrial(tune.Trainable):
             seed=new_config["seed"],
             gpus=new_config["gpus"],
             is_first=new_config["is_first"],
+            keep_below=new_config["keep_below"],
         )
         self._epochs_reported = self._probes_reported = 0  # of the attempt's
         return True

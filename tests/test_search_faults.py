@@ -1,5 +1,6 @@
 """What may befall a study, staged for real in small: hung workers, damaged files, dead drivers, full disks."""
 
+import math
 import os
 import shutil
 import signal
@@ -359,6 +360,25 @@ def test_states_stay_until_the_end_of_their_trial_is_written(small_study, tmp_pa
             time.sleep(0.05)
     finally:
         ray.kill(best.server)
+
+
+def test_weights_are_kept_below_what_the_worst_of_the_best_has(small_study, tmp_path):
+    leader = small_study.summary().best
+    assert leader is not None
+
+    def best(spec: dict[str, Any]) -> BestStates:
+        states = BestStates(StudySpec.model_validate(spec), [], CheckpointStore(tmp_path / "none yet"))
+        ended = ((30.0, "relu", "ok"), (20.0, "silu", "ok"), (10.0, "silu", "collapsed"), (25.0, "silu", "ok"))
+        for trial, (value, activation, status) in enumerate(ended):
+            row = replace(leader, trial=trial, val_nelbo=value, objective=value, activation=activation, status=status)
+            states.trial_ended(row)
+        return states
+
+    bounds = [best({"export": {"top": top}}).keep_below(leader) for top in (0, 1, 2, 3, 4)]
+    assert bounds == [-math.inf, 20.0, 25.0, 30.0, math.inf]
+    names = ["relu", "silu", "elu"]
+    compared = best({"goal": "compare-activations", "space": {"activation": names}})
+    assert [compared.keep_below(replace(leader, activation=name)) for name in names] == [30.0, 20.0, math.inf]
 
 
 def test_a_torn_part_of_the_epochs_costs_curves_and_no_trial(copy, small_study):

@@ -80,10 +80,11 @@ def make(digits: Dataset, store: Any, tmp_path: Path, monkeypatch: pytest.Monkey
 _numbers = itertools.count()
 
 
-def trial_config(params: dict[str, Any] = GENTLE, *, seed: int = 7) -> dict[str, Any]:
+def trial_config(params: dict[str, Any] = GENTLE, *, seed: int = 7, keep_below: float = math.inf) -> dict[str, Any]:
     """A suggestion with a number that the store has not seen."""
     params = {"batch_size": 64, **params}
-    return {"trial": next(_numbers), "seed": seed, "params": params, "gpus": 0, "is_first": False}
+    own = {"is_first": False, "keep_below": keep_below}
+    return {"trial": next(_numbers), "seed": seed, "params": params, "gpus": 0, **own}
 
 
 def steps(trial: VaeTrial) -> Iterator[dict[str, Any]]:
@@ -112,6 +113,17 @@ def test_a_step_ends_at_each_rung_and_the_last_one_is_final(make):
     assert {(result["from_epoch"], result["damaged"]) for result in results} == {(0, None)}
     assert results[-1]["num_parameters"] > 0
     assert results[-1]["train_wall_s"] == pytest.approx(sum(e["wall_s"] for r in results for e in r["epochs"]))
+
+
+def test_the_last_state_is_stored_where_its_weights_may_be_kept(make, store):
+    config = trial_config()
+    value = list(steps(make(config)))[-1]["objective"]
+    epochs_stored = []
+    for bound in (math.inf, value, math.nextafter(value, 0), -math.inf):
+        config = trial_config(keep_below=bound)
+        list(steps(make(config)))
+        epochs_stored.append(ray.get(store.newest.remote(config["trial"])).epoch)
+    assert epochs_stored == [MAX_EPOCHS, MAX_EPOCHS, 5, 5]  # 5: the last rung
 
 
 def test_a_step_ends_between_rungs_once_its_time_is_up(make, monkeypatch):
