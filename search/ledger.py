@@ -203,6 +203,7 @@ class Ledger:
         self._settled = (self._epochs, self._diagnostics, self._layers)  # whose rows are never replaced
         # of the unfinished trials: table -> trial -> the epochs that are there
         self._seen: dict[str, dict[int, set[int]]] = {writer.table: {} for writer in self._settled}
+        self._never_placed: dict[int, int] = {}  # trial -> its attempt that a former driver had no worker for
         self._starting: dict[int, int] = {}  # trial -> the writer's ticket of its suggestion
         self._trials_at = self._epochs_at = 0.0  # time.monotonic() of the last write
         self._resume(take_stock(study_path) if contents is None else contents)
@@ -220,7 +221,10 @@ class Ledger:
             writer.resume(contents.parts[writer.table], lambda table: pc.is_null(table["trial"]))  # none
         self._attempts.resume(contents.parts["attempts"], lambda table: pc.is_null(table["outcome"]))
         for attempt in self._attempts.open_rows:
-            self._attempts.settle(replace(attempt, outcome="interrupted"))
+            if attempt.placed_at is None and attempt.from_epoch is None:
+                self._never_placed[attempt.trial] = attempt.attempt
+            else:
+                self._attempts.settle(replace(attempt, outcome="interrupted"))
         unfinished = pa.array([row.trial for row in self._trials.open_rows], pa.int32())
         for name, seen in self._seen.items():
             for table in contents.parts[name].values():
@@ -277,6 +281,10 @@ class Ledger:
     def update_trial(self, row: TrialRow) -> None:
         """What is known by now of a trial under way."""
         self._trials.put(row)
+
+    def next_attempt(self, row: TrialRow) -> int:
+        """The number of a trial's next attempt: that of one which a former driver left without a worker, if it did."""
+        return self._never_placed.pop(row.trial, row.attempts + 1)
 
     def update_attempt(self, row: AttemptRow) -> None:
         """What is known by now of an attempt; for good where it has an outcome."""

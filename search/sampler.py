@@ -63,6 +63,7 @@ class _Live:
     attempt: AttemptRow = field(init=False)
     told: float | None = None  # of its last epoch
     losses: int = 0  # of its workers, in this run
+    is_known: bool = False  # from a former driver, which may have stored a state of it
     keep_below: float = math.inf  # as it began: an objective above is too high for its weights to be kept
     is_stalled: bool = False  # its worker is being taken away because nothing moved
 
@@ -74,7 +75,7 @@ class _Live:
             "seed": self.row.seed,
             "params": self.params,
             "gpus": self.gpus,
-            "is_first": self.row.attempts == 1,
+            "is_first": self.row.attempts == 1 and not self.is_known,
             "keep_below": self.keep_below,
         }
 
@@ -203,6 +204,7 @@ class StudySearcher(Searcher):
         """A trial has its worker."""
         live = self._live[trial_id]
         live.attempt = dataclasses.replace(live.attempt, placed_at=_now())
+        self.ledger.update_attempt(live.attempt)
 
     def stalled(self, trial_id: str) -> None:
         """The worker of a trial is about to be killed, since nothing moved."""
@@ -247,7 +249,7 @@ class StudySearcher(Searcher):
         self._next_number = max(self._next_number, number + 1)
         arm, turn = self.spec.place(number)
         trial, params = self.arms[arm].ask(turn)
-        live = _Live(trial, params, before or self._new_row(number, params))
+        live = _Live(trial, params, before or self._new_row(number, params), is_known=before is not None)
         self._begin_attempt(live)
         return live
 
@@ -264,7 +266,7 @@ class StudySearcher(Searcher):
 
     def _begin_attempt(self, live: _Live) -> None:
         live.is_stalled, live.gpus = False, self.gpus
-        live.row = row = dataclasses.replace(live.row, attempts=live.row.attempts + 1)
+        live.row = row = dataclasses.replace(live.row, attempts=self.ledger.next_attempt(live.row))
         live.attempt = AttemptRow(
             study=row.study, trial=row.trial, attempt=row.attempts, gpus=live.gpus, started_at=_now()
         )

@@ -211,6 +211,22 @@ def test_a_trial_whose_states_were_harmed_goes_on_from_what_is_left_to_the_same_
     assert study.model_folders()
 
 
+def test_what_had_no_worker_when_the_driver_died_was_not_started(small_spec, tmp_path):
+    class DiesWithASuggestion(StudyEvents):
+        def trial_started(self, row: TrialRow) -> None:
+            if row.trial == 2:
+                raise Died
+
+    spec = with_(stored_in(with_(small_spec, **FULL), tmp_path), budget={"trials": 4}, resources={"concurrency": 2})
+    with pytest.raises(Died):
+        run_study(spec, events=[DiesWithASuggestion()])
+    assert [attempt["placed_at"] for attempt in attempts_of(Study(tmp_path / spec.name), 2)] == [None]
+    study = run_study(spec)
+    assert_whole(study)
+    assert [attempt["outcome"] for attempt in attempts_of(study, 2)] == ["ended"]
+    assert study.summary().restarts == study.attempts()["outcome"].to_pylist().count("interrupted") > 0
+
+
 def test_a_model_whose_last_state_is_damaged_is_trained_again_to_its_end(small_spec, tmp_path, monkeypatch):
     spec = stored_in(with_(small_spec, **FULL), tmp_path)
 

@@ -20,7 +20,7 @@ from ray.tune.search import Searcher
 from cluster.resources import Packing
 from search import ledger as ledger_module
 from search.ledger import Ledger
-from search.results import PENALTY
+from search.results import PENALTY, summarise
 from search.sampler import StudySearcher
 from search.space import Space
 from search.spec import StudySpec
@@ -55,11 +55,13 @@ class Desk:
         self.searcher = StudySearcher(self.spec, self.ledger, read_trials(path), curves, [])
         self.num_asked = 0
 
-    def ask(self) -> tuple[str, dict[str, Any]]:
+    def ask(self, *, is_placed: bool = True) -> tuple[str, dict[str, Any]]:
         trial_id = f"tune-{self.num_asked}"
         self.num_asked += 1
         config = self.searcher.suggest(trial_id)
         assert isinstance(config, dict), config
+        if is_placed:
+            self.searcher.placed(trial_id)
         return trial_id, config
 
     def end(self, trial_id: str, result: dict[str, Any] | None, error: bool = False) -> None:
@@ -313,8 +315,7 @@ def test_a_study_starts_no_more_than_its_share_and_goes_on_when_there_is_room(de
         return share
 
     desk.searcher.slots_for = slots_for
-    one, two = desk.ask(), desk.ask()
-    desk.searcher.placed(one[0])
+    one, two = desk.ask(), desk.ask(is_placed=False)
     assert desk.searcher.suggest("more") is None
     assert desk.searcher.is_holding_back
     assert asked[-1] == (desk.spec.budget.trials, 1)  # who waits for a worker has had nothing yet
@@ -437,6 +438,26 @@ def test_a_suggestion_made_ahead_is_the_next_one_of_a_driver_that_comes_after(tm
     configs = [again.ask()[1] for _ in range(3)]
     assert [config["trial"] for config in configs] == [0, 1, 2]
     assert configs[2] == anew(desk.ask()[1])
+
+
+def test_a_trial_that_never_had_a_worker_was_not_started_by_the_driver_that_died(tmp_path):
+    """One that was suggested ahead, and one that was still waiting for its worker."""
+    desk = Desk(tmp_path / "study", make_spec(budget={"trials": 4}))
+    desk.ask()
+    desk.ask()
+    desk.searcher.ask_ahead()
+    desk.ask(is_placed=False)
+    desk.searcher.ask_ahead()
+    again = desk.reborn(tmp_path / "copy")
+    for _ in range(4):
+        trial_id, config = again.ask()
+        assert not config["is_first"]  # the driver may have died before it could say that there was a worker
+        again.end(trial_id, result(curve(1, 6), final=True))
+    assert [row.attempts for row in read_trials(again.path)] == [2, 2, 1, 1]
+    assert summarise("s", 4, read_trials(again.path)).restarts == 2
+    ended = [(1, "ended", 0, 6)]
+    cut_off = [(1, "interrupted", None, 0), (2, "ended", 0, 6)]
+    assert [attempts(again, trial) for trial in range(4)] == [cut_off, cut_off, ended, ended]
 
 
 def test_a_trial_whose_worker_is_lost_is_suggested_again_also_as_the_last_of_all(tmp_path):
