@@ -46,25 +46,28 @@ def _put(content: bytes, output: Path | None) -> None:
 
 
 def _as_text(table: "pa.Table") -> bytes:
-    import pyarrow as pa
-
-    is_number = [pa.types.is_integer(field.type) or pa.types.is_floating(field.type) for field in table.schema]
     columns = (column.to_pylist() for column in table.columns)
-    return _as_lines(Rows(table.column_names, is_number, list(zip(*columns, strict=True))))
+    return _as_lines(Rows(table.column_names, list(zip(*columns, strict=True))))
 
 
 def _as_lines(rows: Rows) -> bytes:
     """Numbers to the right, all else to the left; a cell of several lines takes several. Without rich: that is slow."""
     cells = [[(text.splitlines() or [""]) for text in map(_cell, row)] for row in rows.rows]
     parts = [[name] for name in rows.columns], *cells
+    is_number = [all(map(_is_number, (row[at] for row in rows.rows))) for at in range(len(rows.columns))]
     widths = [max(len(line) for row in parts for line in row[at]) for at in range(len(rows.columns))]
     lines = []
     for row in parts:
         for line in zip_longest(*row, fillvalue=""):
-            cut = [t.rjust(w) if n else t.ljust(w) for t, w, n in zip(line, widths, rows.is_number, strict=True)]
+            cut = [t.rjust(w) if n else t.ljust(w) for t, w, n in zip(line, widths, is_number, strict=True)]
             lines.append("   ".join(cut).rstrip())
     lines.insert(1, "─" * (sum(widths) + 3 * (len(widths) - 1)))
     return "\n".join(lines).encode() + b"\n"
+
+
+def _is_number(value: object) -> bool:
+    """Or unknown. By the values: the types are duckdb's of one answer, and Arrow's of another."""
+    return value is None or (isinstance(value, int | float | Decimal) and not isinstance(value, bool))
 
 
 def _cell(value: object) -> str:

@@ -37,7 +37,6 @@ TIME_LIMIT_S = 300.0
 ELSEWHERE = ("studies", "parquet", "read_", "glob")
 """SQL with one of these asks for no table of a study alone, or by the names of files."""
 
-NUMBERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "FLOAT", "DOUBLE", "DECIMAL")  # or U before them
 SEALED = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
 
@@ -50,7 +49,6 @@ class Rows:
     """An answer in Python's own types."""
 
     columns: list[str]
-    is_number: list[bool]  # of the columns
     rows: list[tuple[Any, ...]]
 
 
@@ -61,12 +59,7 @@ def query(sql: str, storage: str | Location, time_limit_s: float = TIME_LIMIT_S)
 
 def query_rows(sql: str, storage: str | Location, time_limit_s: float = TIME_LIMIT_S) -> Rows:
     """As `query`, for whoever does well without pyarrow, which takes longer to load than many a query."""
-    return _answer(sql, storage, time_limit_s, _rows_of)
-
-
-def _rows_of(relation: duckdb.DuckDBPyRelation) -> Rows:
-    is_number = [str(of).partition("(")[0].removeprefix("U") in NUMBERS for of in relation.types]
-    return Rows(list(relation.columns), is_number, relation.fetchall())
+    return _answer(sql, storage, time_limit_s, lambda relation: Rows(list(relation.columns), relation.fetchall()))
 
 
 def _answer(sql: str, storage: str | Location, time_limit_s: float, take: Take[T]) -> T:

@@ -12,7 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from search.output import write_table
+from search.output import write_rows, write_table
+from search.results import write_study_file
+from search.spec import StudySpec
+from search.sql import query, query_rows
 from vae.config import InputError
 
 TABLE = pa.table(
@@ -24,6 +27,8 @@ TABLE = pa.table(
         "at": pa.array([datetime(2026, 3, 1, 12, tzinfo=UTC)] * 3, pa.timestamp("us", tz="UTC")),
     }
 )
+
+PROVENANCE = {"created_at": datetime(2026, 3, 1, tzinfo=UTC), "data_fingerprint": "f00"}
 
 
 def written(table: pa.Table, format: str, tmp_path: Path) -> bytes:
@@ -54,6 +59,22 @@ def test_text_has_a_line_a_row_with_blanks_for_unknown_values(tmp_path):
     assert "[128, 64]" in filled[2]
     assert "0.333333" in filled[3]
     assert "None" not in filled[4]
+
+
+NUMBERS = ["7::UTINYINT", "7::UHUGEINT", "1.5::FLOAT", "7.25::DECIMAL(9, 2)", "sum(7)"]
+OTHERS = ["true", "'7'", "[7]", "DATE '2026-03-01'"]
+
+
+@pytest.mark.parametrize("value", NUMBERS + OTHERS)
+def test_numbers_of_any_type_stand_to_the_right_whoever_decoded_them(value, tmp_path):
+    (tmp_path / "s").mkdir()
+    write_study_file(tmp_path / "s", StudySpec(name="s"), PROVENANCE)
+    sql = f"SELECT {value} AS the_name_of_the_column"
+    write_rows(query_rows(sql, tmp_path), tmp_path / "rows.txt")
+    text = (tmp_path / "rows.txt").read_text()
+    assert written(query(sql, tmp_path), "table", tmp_path).decode() == text
+    name, _, cell = text.splitlines()
+    assert cell.startswith(" ") == (len(cell) == len(name)) == (value in NUMBERS)
 
 
 def test_markup_in_a_value_or_a_name_is_shown_as_it_is(tmp_path):

@@ -310,12 +310,6 @@ def test_decoding_by_duckdb_and_by_pyarrow_give_one_answer(storage, sql, monkeyp
     monkeypatch.undo()
 
 
-def test_rows_tell_which_columns_hold_numbers(storage):
-    numbers = "trial, val_nelbo, sum(epochs), val_nelbo::DECIMAL(9, 2)"
-    sql = f"SELECT {numbers}, activation, hidden_dims FROM trials GROUP BY ALL"
-    assert query_rows(sql, storage).is_number == [True, True, True, True, False, False]
-
-
 @pytest.mark.parametrize("cut", [4, 300])
 def test_a_damaged_part_is_left_out_and_logged(storage, caplog, cut):
     """One without its footer, and one whose bytes in the middle are others."""
