@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -105,6 +106,8 @@ def test_the_benchmark_of_suggestions_asks_both_samplers():
     output = printed_by("asks.py", "--sizes", "20", "40", "--pairs", "2", "--trials", "20")
     assert "20" in output
     assert "40" in output
+    for workers in (1, 2):
+        assert f"{workers} at once, waited for" in output
 
 
 def test_the_benchmark_of_queries_takes_pairs_of_each(tmp_path):
@@ -112,6 +115,29 @@ def test_the_benchmark_of_queries_takes_pairs_of_each(tmp_path):
     for name in ("count", "by trial", "top 10", "--help"):
         assert name in output
     assert {"count", "by trial", "top 10"} <= set(pq.read_table(tmp_path / "query.parquet")["query"].to_pylist())
+
+
+def test_the_report_of_whole_runs_pairs_what_ran_in_turns_and_keeps_other_work_apart(tmp_path):
+    times = {"begun_at", "busy_s", "stolen_s", "first_s", "exit_s", "begin_s", "train_s", "beside_s", "gap_s", "end_s"}
+    common = {
+        **dict.fromkeys(times, 1.0),
+        "space": "one",
+        "epochs": 3,
+        "train_rows": 800,
+        "workers": 2,
+        "reached_s": None,
+    }
+    common |= {"part": "short", "round": 0, "value": 100.0, "best": 100.0, "full": 4}
+    walls = {"a": (4, 10.0, 5.0), "b": (4, 30.0, 10.0), "c": (20, 70.0, 10.0)}  # trials, ours, the floor: 2, 3 and 7
+    for name, (trials, ours, floor) in walls.items():
+        rows = [{"arm": arm, "wall_s": wall} for arm, wall in (("vaesearch", ours), ("floor", floor))]
+        pq.write_table(pa.Table.from_pylist([{**common, "trials": trials, **row} for row in rows]), tmp_path / name)
+    lines = printed_by("throughput.py", "--report", *(str(tmp_path / name) for name in walls)).splitlines()
+    tables = [line.split(" trials")[0] for line in lines if line.startswith("short: ")]
+    assert tables == ["short: 4", "short: 20"]
+    first, _, second, _ = (line for line in lines if line.startswith("vaesearch"))
+    assert "2.50 [2.25, 2.75] of 2" in first
+    assert "7.00 [7.00, 7.00] of 1" in second
 
 
 @pytest.mark.system

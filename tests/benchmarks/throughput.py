@@ -3,12 +3,14 @@
     python tests/benchmarks/throughput.py --to throughput.parquet     # on two cores some four hours
     python tests/benchmarks/throughput.py --only short --to short.parquet     # one hour
     python tests/benchmarks/throughput.py --only short --short-trials 4 --repeats 1 --rows 1000     # two minutes
+    python tests/benchmarks/throughput.py --only short --arms vaesearch floor --to pair.parquet    # two arms alone
     python tests/benchmarks/throughput.py --report short.parquet medium.parquet
 
 Every arm is a fresh process from its start to its exit, on two workers of one thread each:
 
     ray            Ray Tune and OptunaSearch as in Ray's documentation: throughput_arms/ray_tune.py
-    optuna         Optuna alone in two processes with a journal, the data in memory: throughput_arms/optuna_alone.py
+    optuna         Optuna alone in two processes that share a journal and one budget of trials, the data in memory:
+                   throughput_arms/optuna_alone.py
     optuna+step    the same with the training step of vae.training
     vaesearch      `vaesearch run`
     floor          vae.training.Trainer in two bare processes that take trials from one list: throughput_arms/floor.py
@@ -16,12 +18,17 @@ Every arm is a fresh process from its start to its exit, on two workers of one t
 Equal work (short, medium, long): the space is one configuration (784-400-16, relu, batches of 128, Adam at 1e-3), each
 trial another seed, none stopped; so all arms train the same. How many epochs a trial of about 1, 10 and 30 s has on
 this machine is measured first, by the floor. With --search-rate all but the floor search the learning rate, so that
-their samplers have something to do, and a step takes what it took. Ratios are of the arms of one round; shown are
-medians [quartiles]. Beside them stands where the time goes.
+their samplers have something to do, and a step takes what it took. The arms take turns at being first, after each
+has run once, not counted, so that none reads its programs from the disk for the others. Ratios are of the arms of one
+round; shown are medians [quartiles]. Beside them stands where the time goes. A trial's training is its epochs (steps
+and validation) in all arms; data, model and optimizer are what else a trial takes. The trials of vaesearch begin and
+end when the driver hears of it, the others' in their workers: what lies between is its trials', and their gaps'.
 
 Equal budget (budget): ray with ASHA, and vaesearch, search the default space with as many trials and epochs. Both are
 judged by the same binarised validation rows, in nats per example at beta = 1. Shown is when vaesearch first had a
-trial of all epochs that is no worse than what ray ended with.
+trial of all epochs that is no worse than what ray ended with. What vaesearch brings by default is part of that: a
+first trial with good parameters, a cosine schedule, KL warm-up. With --same-recipe ray begins with that trial, too, and
+vaesearch trains at a constant rate without warm-up, as ray does: what is left is the search and its machinery.
 """
 
 import argparse
@@ -37,7 +44,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -50,6 +57,7 @@ SCRIPTS = Path(__file__).parent / "throughput_arms"
 ARMS = ("ray", "optuna", "optuna+step", "vaesearch", "floor")
 PARTS = {"short": (100, 1.0), "medium": (24, 10.0), "long": (12, 30.0)}  # trials, seconds of one
 BUDGET = "budget"
+BUDGET_ARMS = ("ray", "vaesearch")
 CALIBRATION_EPOCHS = 20
 LEFT_BEHIND_S = 10.0  # in which processes that an arm leaves behind may end by themselves
 PR_SET_CHILD_SUBREAPER = 36
@@ -62,6 +70,9 @@ ONE_CONFIGURATION = (
     "space.latent_dim=16",
     "scheduler.kind=none",
 )
+RAYS_RECIPE = ("train.lr_schedule=constant", "train.kl_warmup_epochs=0")
+
+Space = Literal["one", "rate", "whole", "alike"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,7 @@ class Trial:
 
     started: float
     ended: float
-    train_s: float  # training and validation
+    train_s: float  # of its epochs: training and validation, but not what is built before
     epochs: int
     value: float  # of the last epoch, nats per example
 
@@ -85,7 +96,7 @@ class Job:
     epochs: int
     workers: int
     seed: int
-    space: Literal["one", "rate", "whole"]  # whole: with early stopping
+    space: Space  # the last two: with early stopping; alike: by one recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +104,7 @@ class Figure:
     """One run of one arm: a row of the Parquet. Seconds; means over trials or workers where there are several."""
 
     part: str
+    space: Space
     arm: str
     round: int
     begun_at: float  # since 1970
@@ -106,7 +118,7 @@ class Figure:
     first_s: float  # start to first trial
     exit_s: float  # last trial's end to exit
     begin_s: float  # start to a worker's first trial
-    train_s: float  # training and validation, of a trial
+    train_s: float  # of a trial's epochs: training and validation
     beside_s: float  # what else a trial takes
     gap_s: float  # between two trials of a worker
     end_s: float  # a worker's last trial's end to exit
@@ -122,14 +134,22 @@ class Figure:
 def ray_commands(job: Job) -> list[list[str]]:
     command = [*script("ray_tune.py", job), "--trials", f"{job.trials}", "--seed", f"{job.seed}"]
     command += ["--workers", f"{job.workers}", "--results", f"{job.scratch}/results"]
-    return [command + {"one": [], "rate": ["--search-rate"], "whole": ["--search"]}[job.space]]
+    command += {"one": [], "rate": ["--search-rate"], "whole": ["--search"], "alike": ["--search"]}[job.space]
+    return [command + (["--start", our_start()] if job.space == "alike" else [])]
+
+
+def our_start() -> str:
+    """The first trial of vaesearch, as JSON."""
+    from search.space import Space
+    from search.spec import StudySpec
+
+    return json.dumps(Space(StudySpec().space).start())
 
 
 def optuna_commands(job: Job, step: str) -> list[list[str]]:
-    share, more = divmod(job.trials, job.workers)
-    common = [*script("optuna_alone.py", job), "--step", step, "--journal", f"{job.scratch}/journal.log"]
-    common += ["--search-rate"] * (job.space == "rate")
-    return [[*common, "--trials", f"{share + (rank < more)}"] for rank in range(job.workers)]
+    command = [*script("optuna_alone.py", job), "--step", step, "--journal", f"{job.scratch}/journal.log"]
+    command += ["--trials", f"{job.trials}"] + ["--search-rate"] * (job.space == "rate")
+    return [command] * job.workers
 
 
 def our_commands(job: Job) -> list[list[str]]:
@@ -137,8 +157,10 @@ def our_commands(job: Job) -> list[list[str]]:
     program += ["--storage", f"{job.scratch}", "--data", f"{job.folder}/rows.npy", "--seed", f"{job.seed}"]
     program += ["--trials", f"{job.trials}", "--max-epochs", f"{job.epochs}"]
     settings = [*OURS, f"resources.concurrency={job.workers}"]
-    if job.space != "whole":
+    if job.space in ("one", "rate"):
         settings += ONE_CONFIGURATION
+    if job.space == "alike":
+        settings += RAYS_RECIPE
     if job.space == "rate":
         settings += ["space.learning_rate={low=1e-4, high=3e-3, log=true}"]
     return [program + [part for setting in settings for part in ("--set", setting)]]
@@ -195,17 +217,19 @@ def measured(part: str, arm: str, round_: int, job: Job, train_rows: int) -> tup
     """Run an arm in an empty folder, see that it did its work, and say where the time went."""
     with tempfile.TemporaryDirectory(dir=job.scratch) as scratch:
         job = replace(job, scratch=Path(scratch))
+        commands = COMMANDS[arm](job)
         started = time.time()
         before = cpu_times()
-        ended = run(COMMANDS[arm](job), Path(scratch))
+        ended = run(commands, Path(scratch))
         busy_s, stolen_s = (after - then for after, then in zip(cpu_times(), before, strict=True))
         trials = sorted(trials_of(arm, Path(scratch)), key=lambda trial: trial.started)
     full = [trial.value for trial in trials if trial.epochs == job.epochs]
-    done = len(trials) if job.space == "whole" else len(full)
+    done = len(full) if job.space in ("one", "rate") else len(trials)
     if done != job.trials or not full:
         raise SystemExit(f"{part}: {arm} made {done} of {job.trials} trials, {len(full)} of {job.epochs} epochs")
     figure = Figure(
         part=part,
+        space=job.space,
         arm=arm,
         round=round_,
         begun_at=started,
@@ -307,8 +331,14 @@ class Record:
             pq.write_table(pa.Table.from_pylist([asdict(figure) for figure in self.figures]), self.path)
 
 
+def warm_up(arms: Iterable[str], job: Job) -> None:
+    """A trial of an epoch for each worker of each arm. What is read from the disk for the first time, is read now."""
+    for arm in arms:
+        measured("warm-up", arm, 0, replace(job, trials=job.workers, epochs=1), 0)
+
+
 def equal_work(part: str, options: argparse.Namespace, job: Job, train_rows: int, record: Record) -> None:
-    for round_ in range(options.repeats):
+    for round_ in rounds(options):
         turn = round_ % len(options.arms)
         for arm in (*options.arms[turn:], *options.arms[:turn]):
             record.add(measured(part, arm, round_, job, train_rows)[0])
@@ -316,7 +346,7 @@ def equal_work(part: str, options: argparse.Namespace, job: Job, train_rows: int
 
 def equal_budget(options: argparse.Namespace, job: Job, record: Record) -> None:
     """Each round has a seed, and with it a split, of its own."""
-    for seed in range(options.repeats):
+    for seed in rounds(options):
         with tempfile.TemporaryDirectory(dir=job.scratch) as folder:
             train_rows = write_splits(np.load(job.folder / "rows.npy"), Path(folder), seed)
             asked = replace(job, folder=Path(folder), seed=seed)
@@ -327,8 +357,12 @@ def equal_budget(options: argparse.Namespace, job: Job, record: Record) -> None:
             record.add(replace(figure, reached_s=min(reached, default=None)))
 
 
-def order(round_: int) -> tuple[str, str]:
-    return ("vaesearch", "ray") if round_ % 2 else ("ray", "vaesearch")
+def rounds(options: argparse.Namespace) -> range:
+    return range(options.first_round, options.first_round + options.repeats)
+
+
+def order(round_: int) -> Sequence[str]:
+    return BUDGET_ARMS[::-1] if round_ % 2 else BUDGET_ARMS
 
 
 def write_splits(rows: np.ndarray, folder: Path, seed: int) -> int:
@@ -360,22 +394,21 @@ def epoch_seconds(job: Job, train_rows: int) -> float:
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    low, median, high = np.percentile(values, [25, 50, 75])
-    return f"{median:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    """The middle one where there is none between: a value may be infinite."""
+    low, median, high = np.percentile(values, [25, 50, 75], method="nearest" if len(values) % 2 else "linear")
+    return f"{median:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}] of {len(values)}"
 
 
 def report_work(figures: Sequence[Figure]) -> None:
-    first, rounds = figures[0], len({figure.round for figure in figures})
-    print(f"\n{first.part}: {first.trials} trials of {first.epochs} epochs of {first.train_rows} rows, ", end="")
-    print(f"{first.workers} workers, {rounds} rounds; medians [quartiles]")
-    print(f"{'arm':<12}{'wall s':>22}{'times the floor':>20}{'times vaesearch':>20}{'busy s':>8}{'nats':>8}")
+    print(f"\n{title(figures[0])}; medians [quartiles] of runs, and of pairs in a round")
+    print(f"{'arm':<12}{'wall s':>28}{'times the floor':>26}{'times vaesearch':>26}{'busy s':>8}{'nats':>8}")
     of = {(figure.arm, figure.round): figure for figure in figures}
     for arm in [arm for arm in ARMS if any(figure.arm == arm for figure in figures)]:
         own = [figure for figure in figures if figure.arm == arm]
-        line = f"{arm:<12}{spread([figure.wall_s for figure in own], 1):>22}"
+        line = f"{arm:<12}{spread([figure.wall_s for figure in own], 1):>28}"
         for other in ("floor", "vaesearch"):
             pairs = [f.wall_s / of[other, f.round].wall_s for f in own if (other, f.round) in of]
-            line += f"{spread(pairs) if pairs else '':>20}"
+            line += f"{spread(pairs) if pairs else '':>26}"
         busy_s, value = (statistics.median(getattr(f, name) for f in own) for name in ("busy_s", "value"))
         print(f"{line}{busy_s:8.0f}{value:8.2f}")
     report_shares(figures)
@@ -393,32 +426,46 @@ def report_shares(figures: Sequence[Figure]) -> None:
 
 
 def report_budget(figures: Sequence[Figure]) -> None:
-    first = figures[0]
-    print(f"\nbudget: {first.trials} trials of up to {first.epochs} epochs of {first.train_rows} rows, ", end="")
-    print(f"{first.workers} workers; when the best of ray was reached, s, and over all the time of ray")
-    print("seed   ray: wall    best  reached  full   vaesearch: wall    best  reached  full   ratio  to ray's reached")
+    print(f"\n{title(figures[0])}; when the best of ray was reached, s, and over all the time of ray")
+    print("round  ray: wall    best  reached  full   vaesearch: wall    best  reached  full   ratio  to ray's reached")
     of = {(figure.arm, figure.round): figure for figure in figures}
     ratios: list[tuple[float, float]] = []
-    for seed in sorted({figure.round for figure in figures}):
-        ray, ours = of["ray", seed], of["vaesearch", seed]
+    for round_ in sorted(round_ for arm, round_ in of if arm == "ray" and ("vaesearch", round_) in of):
+        ray, ours = of["ray", round_], of["vaesearch", round_]
         at, its = (math.inf if f.reached_s is None else f.reached_s for f in (ours, ray))
         ratios.append((at / ray.wall_s, at / its if its < math.inf else math.nan))
-        print(f"{seed:4}{ray.wall_s:12.1f}{ray.best:8.2f}{its:9.1f}{ray.full:6}", end="")
+        print(f"{round_:5}{ray.wall_s:11.1f}{ray.best:8.2f}{its:9.1f}{ray.full:6}", end="")
         print(f"{ours.wall_s:18.1f}{ours.best:8.2f}{at:9.1f}{ours.full:6}{ratios[-1][0]:8.2f}{ratios[-1][1]:18.2f}")
     for name, values in zip(("all of ray's time", "ray's own time to it"), zip(*ratios, strict=True), strict=True):
-        print(f"vaesearch had it in {statistics.median(values):.2f} of {name} (median of {len(values)} seeds)")
+        known = [value for value in values if not math.isnan(value)]  # ray's best may be of a trial that it stopped
+        if known:
+            print(f"vaesearch's time to it by {name}: {spread(known)}, median [quartiles] of pairs")
 
 
 def report(figures: Sequence[Figure]) -> None:
+    """A table for each of what the arms were asked for."""
     for part in (*PARTS, BUDGET):
-        own = [figure for figure in figures if figure.part == part]
-        if own:
+        of_part = [figure for figure in figures if figure.part == part]
+        for asked in dict.fromkeys(map(title, of_part)):
+            own = [figure for figure in of_part if title(figure) == asked]
             (report_budget if part == BUDGET else report_work)(own)
 
 
+def title(figure: Figure) -> str:
+    space = {"one": "", "rate": ", learning rate searched", "whole": "", "alike": ", by ray's recipe"}[figure.space]
+    return (
+        f"{figure.part}: {figure.trials} trials of {figure.epochs} epochs{space}, {figure.train_rows} rows, "
+        f"{figure.workers} workers"
+    )
+
+
 def read_figures(paths: Sequence[Path]) -> Iterator[Figure]:
+    """Those of a later file are other rounds: only what ran in turns is a pair."""
+    before = 0
     for path in paths:
-        yield from (Figure(**row) for row in pq.read_table(path).to_pylist())
+        rows = pq.read_table(path).to_pylist()
+        yield from (Figure(**row | {"round": before + row["round"]}) for row in rows)
+        before += 1 + max((row["round"] for row in rows), default=-1)
 
 
 # ---- the command line
@@ -429,6 +476,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=[*PARTS, BUDGET], default=[*PARTS, BUDGET], metavar="PART")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="of equal work")
     parser.add_argument("--repeats", type=int, default=5, help="rounds, or seeds of the budget")
+    parser.add_argument("--first-round", type=int, default=0, help="its number, of the budget its seed: to add more")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--data-dir", help="with the idx files of MNIST; none: where vae.data finds them")
     parser.add_argument("--rows", type=int, default=6400, help="of MNIST; 80 % are trained on, 10 % judged by")
@@ -436,6 +484,7 @@ def parsed() -> argparse.Namespace:
         parser.add_argument(f"--{part}-trials", type=int, default=trials)
         parser.add_argument(f"--{part}-epochs", type=int, help=f"of a trial; none: about {seconds:g} s of them")
     parser.add_argument("--search-rate", action="store_true", help="search the learning rate in equal work")
+    parser.add_argument("--same-recipe", action="store_true", help="in the budget: leave what vaesearch knows of VAEs")
     parser.add_argument("--budget-trials", type=int, default=40)
     parser.add_argument("--budget-epochs", type=int, default=30)
     parser.add_argument("--to", type=Path, help="Parquet for the raw figures")
@@ -454,13 +503,16 @@ def main() -> None:
         data, scratch = Path(folder) / "data", Path(folder)
         data.mkdir()
         train_rows = write_splits(mnist_rows(options.data_dir, options.rows), data, seed=0)
-        space = "rate" if options.search_rate else "one"
+        space: Space = "rate" if options.search_rate else "one"
         job = Job(data, scratch, trials=0, epochs=0, workers=options.workers, seed=0, space=space)
+        is_work, is_budget = options.only != [BUDGET], BUDGET in options.only
+        warm_up(dict.fromkeys([*options.arms * is_work, *BUDGET_ARMS * is_budget]), job)
         epoch_s: float | None = None
         for part in options.only:
             asked = {name: getattr(options, f"{part}_{name}") for name in ("trials", "epochs")}
             if part == BUDGET:
-                equal_budget(options, replace(job, **asked, space="whole"), record)
+                budget_space: Space = "alike" if options.same_recipe else "whole"
+                equal_budget(options, replace(job, **asked, space=budget_space), record)
                 continue
             if asked["epochs"] is None:
                 epoch_s = epoch_s or epoch_seconds(job, train_rows)

@@ -23,7 +23,7 @@ def load(folder: str) -> Any:
 
 
 def trained(data: Any, epochs: int, seed: int, learning_rate: float = 1e-3) -> tuple[float, float]:
-    """The last validation value and the seconds of training and validation."""
+    """The last validation value and the seconds of all epochs: training and validation."""
     import vae
 
     model = vae.ModelConfig(input_dim=data.input_dim, latent_dim=16, hidden_dims=(400,), activation="relu", dropout=0.0)

@@ -1,10 +1,11 @@
 """A search for a VAE with Optuna alone: start it once a core, processes share the study in the journal.
 
-    python optuna_alone.py FOLDER --trials 10 --epochs 5 --out trials.jsonl [--search-rate] [--step vae]
+    python optuna_alone.py FOLDER --trials 20 --epochs 5 --out trials.jsonl [--search-rate] [--step vae]
 
-FOLDER as in ray_tune.py. --step own: network and loop as one writes them; --step vae: those of vae.training.Trainer,
-on the rows.npy of FOLDER, so that what is left of the difference to floor.py is Optuna's. Where nothing is searched
-every trial is the same configuration with another seed. A line of JSON for each trial goes to --out.
+--trials are those of all processes, which share one budget. FOLDER as in ray_tune.py. --step own: network and loop as
+one writes them; --step vae: those of vae.training.Trainer, on the rows.npy of FOLDER, so that what is left of the
+difference to floor.py is Optuna's. Where nothing is searched every trial is the same configuration with another seed.
+A line of JSON for each trial goes to --out.
 """
 
 import argparse
@@ -46,14 +47,16 @@ def loss_function(logits: Tensor, x: Tensor, mu: Tensor, logvar: Tensor) -> Tens
     return bce - 0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
 
 
-def own_training(args: argparse.Namespace) -> Callable[[int, float], float]:
+def own_training(args: argparse.Namespace) -> Callable[[int, float], tuple[float, float]]:
+    """Seed, learning rate -> the last validation value and the seconds of all epochs."""
     train = torch.from_numpy(np.load(f"{args.data}/train.npy"))
     validation = torch.from_numpy(np.load(f"{args.data}/validation.npy"))
 
-    def train_vae(seed: int, rate: float) -> float:
+    def train_vae(seed: int, rate: float) -> tuple[float, float]:
         torch.manual_seed(seed)
         model = VAE(latent_dim=16, dropout=0.0)
         optimizer = torch.optim.Adam(model.parameters(), lr=rate, fused=True)
+        began = time.perf_counter()
         for _ in range(args.epochs):
             model.train()
             for rows in torch.randperm(len(train)).split(BATCH_SIZE):
@@ -67,22 +70,22 @@ def own_training(args: argparse.Namespace) -> Callable[[int, float], float]:
             with torch.no_grad():
                 logits, mu, logvar = model(validation)
                 value = loss_function(logits, validation, mu, logvar).item() / len(validation)
-        return value
+        return value, time.perf_counter() - began
 
     return train_vae
 
 
-def training_of_vae(args: argparse.Namespace) -> Callable[[int, float], float]:
+def training_of_vae(args: argparse.Namespace) -> Callable[[int, float], tuple[float, float]]:
     from floor import load, trained
 
     data = load(args.data)
-    return lambda seed, rate: trained(data, args.epochs, seed, rate)[0]
+    return lambda seed, rate: trained(data, args.epochs, seed, rate)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("data")
-    parser.add_argument("--trials", type=int, default=10, help="of this process")
+    parser.add_argument("--trials", type=int, default=20, help="of all processes")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--search-rate", action="store_true", help="the learning rate")
     parser.add_argument("--step", choices=["own", "vae"], default="own")
@@ -94,18 +97,20 @@ def main() -> None:
     train_vae = own_training(args) if args.step == "own" else training_of_vae(args)
 
     def objective(trial: optuna.Trial) -> float:
+        if trial.number >= args.trials:  # numbers are given out by the journal: all are taken
+            study.stop()
+            raise optuna.TrialPruned
         started = time.time()
         rate = trial.suggest_float("learning_rate", 1e-4, 3e-3, log=True) if args.search_rate else 1e-3
-        value = train_vae(trial.number, rate)
-        ended = time.time()
-        record = {"started": started, "ended": ended, "train_s": ended - started, "epochs": args.epochs, "value": value}
+        value, train_s = train_vae(trial.number, rate)
+        record = {"started": started, "ended": time.time(), "train_s": train_s, "epochs": args.epochs, "value": value}
         with args.out.open("a") as file:
             print(json.dumps(record), file=file)
         return value
 
     storage = JournalStorage(JournalFileBackend(str(args.journal)))
     study = optuna.create_study(study_name="vae", storage=storage, direction="minimize", load_if_exists=True)
-    study.optimize(objective, n_trials=args.trials)
+    study.optimize(objective)
 
 
 if __name__ == "__main__":
