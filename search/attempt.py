@@ -12,7 +12,6 @@ import traceback
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import ray
 import torch
 
 from search.checkpoints import Stored
@@ -104,6 +103,8 @@ class Attempt:
 
     def _begin(self) -> None:
         """Build the model, or go on from its newest stored state that can be read."""
+        import ray  # here, since whoever trains a trial again needs none
+
         damaged: list[str] = []
         while True:
             trainer = make_trainer(
@@ -153,6 +154,8 @@ class Attempt:
                 raise
 
     def _store_state(self) -> None:
+        import ray
+
         assert self.trainer is not None
         buffer = io.BytesIO()
         state = {"trainer": self.trainer.state_dict(), "history": self.history, "probes": self.probes}

@@ -19,6 +19,7 @@ KEPT = 2  # states of a trial: the newest, and the one before, in case the newes
 SERVER_THREADS = 16  # so that a slow write of one trial's state keeps no other waiting
 
 _NAME = re.compile(r"trial-(\d+)\.epoch-(\d+)\.pt")
+_OWN = re.compile(rf"{_NAME.pattern}|\.{_NAME.pattern}\.tmp")  # and what `write_atomically` may leave behind
 _MAGIC = b"vaesearch state 1\n"
 
 
@@ -112,14 +113,16 @@ class CheckpointStore:
         return sorted({*self._unwritten, *(trial for trial, epochs in self._epochs.items() if epochs)})
 
     def clear(self) -> None:
-        """Remove everything, the folder too."""
+        """Remove all states; the folder too, unless something else is in it."""
         self._epochs, self._unwritten = {}, {}
         if isinstance(self.folder, RemotePath):
             self.folder.remove_tree()
         elif self.folder.is_dir():
             for path in self.folder.iterdir():
-                path.unlink()
-            self.folder.rmdir()
+                if _OWN.fullmatch(path.name) and not path.is_dir():
+                    path.unlink()
+            if not any(self.folder.iterdir()):
+                self.folder.rmdir()
 
     def _unwritten_epoch(self, trial: int) -> int:
         return self._unwritten[trial][0] if trial in self._unwritten else 0

@@ -1,13 +1,16 @@
 """What is checked before anything is written: an error here leaves no trace on disk."""
 
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from search.checkpoints import KEPT
-from search.results import Study
+from search.checkpoints import KEPT, CheckpointStore
+from search.finalists import missing_runs
+from search.lease import Lease
+from search.results import CHECKPOINTS_FOLDER, FINAL_CHECKPOINTS_FOLDER, STUDY_FILE, Study
 from search.spec import Range, StudySpec, largest, settings_of, spec_diff, values_of
-from search.storage import free_bytes
+from search.storage import check_writable, free_bytes
 from vae.config import InputError, ModelConfig
-from vae.data import Dataset
+from vae.data import Dataset, load_data
 
 STATE_COPIES = 4  # weights, their average, and the two moments of Adam, as float32
 STATE_OVERHEAD_BYTES = 64 * 2**10  # of a stored state: its epochs' figures and torch's own frame
@@ -16,6 +19,45 @@ LEDGER_ROW_BYTES = 128  # of an epoch in Parquet, generously
 # Of a dense layer: no activation makes it wider than twice; biases, normalisation and what is learned for each unit are
 # so many numbers a unit.
 WIDEST, SMALL = 2, 16
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A study that may begin, or go on."""
+
+    spec: StudySpec  # as it is to be run
+    data: Dataset
+    stored: Study | None  # what an earlier run left
+    is_complete: bool  # nothing is left to do
+
+
+def prepared(spec: StudySpec, *, address: str | None, extend: int) -> Prepared:
+    """What can be told before Ray starts; arguments as of `run_study`. Raises InputError; writes nothing."""
+    data = load_data(spec.data_config())
+    check_model(spec, data)
+    check_batches(spec, data)
+    if address is None:
+        check_compiler(spec)
+    stored = Study(spec.folder) if (spec.folder / STUDY_FILE).is_file() else None
+    if stored is not None:
+        spec = same_study(spec, stored, data, extend)
+        if _is_complete(spec, stored):
+            return Prepared(spec, data, stored, is_complete=True)
+    elif extend:
+        raise InputError(f"{spec.folder}: there is no study to extend; set budget.trials instead")
+    check_writable(spec.folder.parent)
+    Lease(spec.folder).check()
+    return Prepared(spec, data, stored, is_complete=False)
+
+
+def _is_complete(spec: StudySpec, stored: Study) -> bool:
+    folders = (CHECKPOINTS_FOLDER, FINAL_CHECKPOINTS_FOLDER)
+    if any(CheckpointStore(stored.path / folder).trials() for folder in folders):
+        return False  # states go once the best are exported
+    rows = stored.rows()
+    if sum(row.state != "RUNNING" for row in rows) < spec.budget.trials:
+        return False
+    return not spec.finalists.confirm or not missing_runs(spec, rows, stored.whole_final_rows())
 
 
 def check_batches(spec: StudySpec, data: Dataset) -> None:
@@ -29,6 +71,14 @@ def check_batches(spec: StudySpec, data: Dataset) -> None:
             f"{data.config.source}: {len(data.train)} rows to train on are fewer than a batch; "
             f"set {key} = {len(data.train)} or lower, or bring more rows"
         )
+
+
+def check_compiler(spec: StudySpec) -> None:
+    """Raises InputError if models are to be compiled and this machine cannot."""
+    if spec.train.compile != "none":
+        from vae.training import require_compiler
+
+        require_compiler(spec.train.compile, "cpu")
 
 
 def check_model(spec: StudySpec, data: Dataset) -> None:
@@ -90,11 +140,31 @@ def check_fingerprint(study: Study, data: Dataset) -> None:
         )
 
 
+def own_data(study: Study, source: str | None = None, data_dir: str | None = None) -> Dataset:
+    """The data that the study was made on, wherever they are now. Raises InputError if they are gone or others."""
+    config = study.spec.data_config()
+    config = replace(config, source=source or config.source, data_dir=data_dir or config.data_dir)
+    try:
+        dataset = load_data(config)
+    except InputError as error:
+        if source is not None or data_dir is not None:
+            raise
+        raise InputError(f"{error}\nif they have moved since the study: --data FILE, or --data-dir FOLDER") from None
+    fingerprint = str(study.provenance["data_fingerprint"])
+    if dataset.fingerprint != fingerprint:
+        raise InputError(
+            f"{config.source}: other data than trial and study were made on (SHA-256 {dataset.fingerprint[:12]}..., "
+            f"those had {fingerprint[:12]}...); name the file with those: --data FILE, or --data-dir FOLDER"
+        )
+    return dataset
+
+
 def same_study(spec: StudySpec, stored: Study, data: Dataset, extend: int) -> StudySpec:
     """The spec to go on with. Raises InputError with a diff if what is asked for is another study."""
     check_fingerprint(stored, data)
     old = stored.spec
     spec = _with_what_was_confirmed(spec, stored)
+    spec = spec.model_copy(update={"sampler": spec.sampler.model_copy(update={"first": old.sampler.first})})
     before, after = old.identity(), spec.identity()
     asked = after["budget.trials"]
     if asked in (stored.provenance["trials_at_first"], before["budget.trials"]):

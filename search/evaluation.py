@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from search.progress import duration
 from vae import export
 from vae.config import DataConfig, InputError, Support
 from vae.data import Dataset, load_data
@@ -23,8 +22,7 @@ from vae.objective import ImportanceEstimate, importance_weighted
 
 Split = Literal["train", "validation", "test"]
 
-PROGRESS_EVERY_S = 10.0
-
+_MAX_SEED = 2**63 - 1  # of torch's generators
 _BINARIZE_STREAM = 4  # of rows that are not the model's own; those have theirs in vae.data
 
 # Shapes: N rows, X input features.
@@ -39,6 +37,7 @@ class ModelEvaluation:
     trial: int | None
     data: str
     is_own_data: bool  # those the model was made on
+    was_trained_on: bool  # whether the model has seen these very rows in training
     train_objective: str  # vae_gan: the values are bounds that were not trained for
     split: Split
     rows: int
@@ -77,6 +76,7 @@ class _Rows(NamedTuple):
 def evaluate_model(
     path: str | Path,
     *,
+    name: str | None = None,
     data: str | None = None,
     data_dir: str | None = None,
     split: str = "test",
@@ -84,24 +84,29 @@ def evaluate_model(
     seed: int = 0,
     rows: int | None = None,
     say: Callable[[str], None] = lambda text: None,
+    count: Callable[[int, int], None] = lambda done, total: None,
 ) -> ModelEvaluation:
     """The model exported to `path`, on the data it was made on or on those that `data` names.
 
-    rows: only so many, the first. `say` gets warnings and, if it takes long, how far it is. Raises InputError for
+    name: what it is called in what is told, if not by its path. rows: only so many, the first. `say` gets warnings,
+    `count` how many rows of all are done. Raises InputError for
     what the user can mend, and ArithmeticError if the model gives a row no finite likelihood.
     """
     for flag, value, least in (("importance-samples", importance_samples, 1), ("seed", seed, 0), ("rows", rows, 1)):
         if value is not None and value < least:
             raise InputError(f"--{flag} must be at least {least}, got {value}")
+    if seed > _MAX_SEED:
+        raise InputError(f"--seed must be at most {_MAX_SEED}, got {seed}")
     if split not in get_args(Split):
         raise InputError(f"--split {split}: known are {', '.join(get_args(Split))}")
-    model, stored = export.load(path), export.read_config(path)
-    config = _data_config(path, stored)
+    stored = export.read_config(path)
+    model = export.load(path, config=stored)
+    config = data_config_of(path, stored)
     x, train = _load(path, stored, config, data, data_dir, split, model.config.input_dim, say)
     x = np.ascontiguousarray(x[:rows])
     start = time.perf_counter()
     estimate = importance_weighted(
-        model, torch.from_dlpack(x), importance_samples, seed, progress=_progress(len(x), say)
+        model, torch.from_dlpack(x), importance_samples, seed, progress=lambda done: count(done, len(x))
     )
     wall_s = time.perf_counter() - start
     source = config.source if data is None else data
@@ -110,12 +115,13 @@ def evaluate_model(
         value = estimate.elbo[bad[0]]
         raise ArithmeticError(f"{path}: the bound of row {bad[0]} of the {split} split of {source} is {value}")
     return ModelEvaluation(
-        model=str(path),
+        model=name or str(path),
         study=stored.get("study"),
         trial=stored.get("trial"),
         data=source,
         train_objective=(stored.get("train") or {}).get("objective", "elbo"),
         is_own_data=train is not None,
+        was_trained_on=train is not None and split in _trained_on(stored),
         split=split,  # type: ignore[arg-type]
         rows=len(x),
         importance_samples=importance_samples,
@@ -134,6 +140,8 @@ def evaluate_model(
 def evaluation_lines(evaluation: ModelEvaluation) -> list[str]:
     """For people."""
     what = "" if evaluation.is_own_data else " (not the data it was made on)"
+    if evaluation.was_trained_on and evaluation.split != "train":
+        what = " (which it was trained on: no measure of rows that it has not seen)"
     error = "" if math.isnan(evaluation.nll_se) else f" ± {evaluation.nll_se:.3f}"
     lines = [
         f"{evaluation.model} on the {evaluation.split} split of {evaluation.data}{what}",
@@ -154,7 +162,13 @@ def evaluation_lines(evaluation: ModelEvaluation) -> list[str]:
 # ---- the rows
 
 
-def _data_config(path: str | Path, stored: dict[str, Any]) -> DataConfig:
+def _trained_on(stored: dict[str, Any]) -> list[str]:
+    """The splits of its own data; a refit may have been trained on more than one."""
+    plan = (stored.get("refit") or {}).get("plan") or {}
+    return str(plan.get("train_on", "train")).split("+")
+
+
+def data_config_of(path: str | Path, stored: dict[str, Any]) -> DataConfig:
     try:
         return DataConfig(**stored["data"]["config"])
     except (KeyError, TypeError, ValueError) as error:
@@ -185,7 +199,7 @@ def _load(
     asked = dataclasses.replace(
         asked,
         key=config.key if suffix == ".npz" else None,
-        columns=stored["data"].get("columns") if suffix in (".csv", ".parquet") else None,  # in the model's order
+        columns=_columns(stored, config, suffix),
     )
     other = load_data(_as_they_are(asked))
     if other.fingerprint == fingerprint:  # the same under another name, or columns in another order
@@ -198,6 +212,14 @@ def _load(
             f"{other.fingerprint[:12]}...); they are scaled as those were"
         )
     return _Rows(_as_own(path, _split(other, split), asked, say), None)
+
+
+def _columns(stored: dict[str, Any], config: DataConfig, suffix: str) -> tuple[str, ...] | None:
+    """Those to read of a file, in the model's order."""
+    named = stored["data"].get("columns")
+    if suffix == ".parquet" and named is None:  # a column of lists: what is in it has no names
+        return config.columns
+    return named if suffix in (".csv", ".parquet") else None
 
 
 def _own(data: Dataset, split: str) -> _Rows:
@@ -231,17 +253,3 @@ def _as_own(path: str | Path, own: np.ndarray, config: DataConfig, say: Callable
         return (x > 0.5).astype(np.float32)
     generator = np.random.default_rng((config.seed, _BINARIZE_STREAM))
     return (generator.random(x.shape, dtype=np.float32) < x).astype(np.float32)
-
-
-def _progress(num_rows: int, say: Callable[[str], None]) -> Callable[[int], None]:
-    """Says how far it is every few seconds, from the first few on."""
-    start = said = time.monotonic()
-
-    def tell(done: int) -> None:
-        nonlocal said
-        now = time.monotonic()
-        if now - said >= PROGRESS_EVERY_S and done < num_rows:
-            said = now
-            say(f"{done:,} of {num_rows:,} rows, about {duration((now - start) / done * (num_rows - done))} left")
-
-    return tell

@@ -1,10 +1,16 @@
-"""The live view of a running study on stderr: a picture in a terminal, one line a trial elsewhere."""
+"""How far things are, on stderr: a study as a live picture in a terminal, and one line a trial elsewhere; what else
+takes a while as a bar, or a line now and then."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
+from typing import Protocol
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -16,6 +22,8 @@ from search.tables import AttemptRow, EpochRow, FinalRow, TrialRow
 from vae.config import OWN_PARAMETERS
 
 REFRESH_PER_S = 4
+QUIET_S = 2.0  # what takes no longer shows no bar
+LINE_EVERY_S = 10.0  # where no terminal is
 STATE_STYLE = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red"}
 
 
@@ -146,6 +154,47 @@ class Progress(StudyEvents):
         for final in sorted(self._finals_running.values(), key=lambda final: (final.run, final.trial)):
             running.add_row(f"  trial {final.trial}", f"run {final.run}", final.activation)
         return Group(head, best, running)
+
+
+class Counter(Protocol):
+    """Hears that so many of a total are done, and what else may be said of it."""
+
+    def __call__(self, done: int, total: int, note: str = "") -> None: ...
+
+
+@contextmanager
+def counting(unit: str, console: Console | None = None) -> Iterator[Counter]:
+    """A bar in a terminal, and elsewhere a line now and then, once it takes a while. `unit`: what is counted."""
+    console = console or Console(stderr=True, highlight=False)
+    start = said = time.monotonic()
+    first: tuple[float, int] | None = None
+    bar: Bar | None = None
+
+    def tell(done: int, total: int, note: str = "") -> None:
+        nonlocal first, said, bar
+        now = time.monotonic()
+        first = first or (now, done)
+        if now - start < QUIET_S:
+            return
+        since, before = first
+        left = f"about {duration((now - since) / (done - before) * (total - done))} left" if done > before else ""
+        text = ", ".join(part for part in (note, left) if part)
+        if console.is_terminal:
+            if bar is None:
+                columns = unit, MofNCompleteColumn(), BarColumn(bar_width=30), TextColumn("{task.description}")
+                bar = Bar(*columns, console=console, transient=True)
+                bar.add_task("", total=total)
+                bar.start()
+            bar.update(bar.task_ids[0], completed=done, description=text)
+        elif now - said >= LINE_EVERY_S and done < total:
+            said = now
+            console.print(Text(f"vaesearch: {done:,} of {total:,} {unit}: {text}"), soft_wrap=True)
+
+    try:
+        yield tell
+    finally:
+        if bar is not None:
+            bar.stop()
 
 
 def unit_of(row: TrialRow) -> str:

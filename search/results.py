@@ -5,8 +5,8 @@ import shlex
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import tomli_w
@@ -15,7 +15,11 @@ from search.layout import STUDY_FILE, study_folders
 from search.spec import StudySpec
 from search.storage import Location, location, write_atomically
 from search.tables import FinalRow, TrialRow, read_table, to_rows, whole_runs
-from vae.config import InputError
+from vae.config import InputError, ModelConfig
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.storages import BaseStorage
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +27,9 @@ MODELS_FOLDER = "models"
 MODEL_FILE = "config.json"  # of a model's folder, written last
 CHECKPOINTS_FOLDER = "checkpoints"
 FINAL_CHECKPOINTS_FOLDER = "final-checkpoints"
+
+VERSIONS = ("vaesearch", "torch", "numpy")
+"""The packages on whose versions the bits of a trained model depend."""
 
 PENALTY = 1.0
 """A trial without a value counts as this much worse than a model that ignores its latents, in nats per example."""
@@ -83,6 +90,12 @@ class Study:
         from search.notebook import study_html
 
         return study_html(self)
+
+    def to_optuna(self, storage: "str | BaseStorage | None" = None) -> "optuna.Study":
+        """Its ended trials as a study of Optuna's: see `search.optuna_study`."""
+        from search.optuna_study import to_optuna
+
+        return to_optuna(self, storage)
 
     @property
     def name(self) -> str:
@@ -221,6 +234,11 @@ def exportable(spec: StudySpec, rows: list[TrialRow]) -> list[TrialRow]:
 def exported(spec: StudySpec, rows: list[TrialRow]) -> list[TrialRow]:
     """The trials whose models are kept, best first."""
     return exportable(spec, rows)[: spec.num_exported]
+
+
+def model_config_of(spec: StudySpec, row: TrialRow, row_shape: tuple[int, ...]) -> ModelConfig:
+    """The architecture of a trial in the ledger. row_shape: (X,), or of an image (H, W) or (H, W, C)."""
+    return replace(spec.model_config_for(row.params, row_shape), hidden_dims=tuple(row.hidden_dims))
 
 
 def storage_flag(study_path: Location) -> str:

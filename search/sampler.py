@@ -17,7 +17,6 @@ history alone.
 import dataclasses
 import math
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -26,27 +25,20 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from cluster.resources import Packing
+from search.arm import Arm, Curve, constraints_of
 from search.events import StudyEvents
 from search.ledger import Ledger
 from search.results import PENALTY
 from search.rounds import is_out_of_memory
-from search.space import Space
 from search.spec import Params, StudySpec
 from search.tables import PARAMS, AttemptRow, DiagnosticsRow, EpochRow, LayerRow, TrialRow
-from search.tpe import BoundedTPESampler, Past
 from vae.config import OWN_PARAMETERS
 
 HOLD_S = 0.1
-
-CONSTRAINTS = ("collapsed", "diverged", "oom")
-"""Statuses the sampler learns to avoid; each is an Optuna constraint, violated at 1."""
-
-Curve = Mapping[int, float]
-"""Epoch -> validation value."""
 
 SlotsFor = Callable[[int, int], int]
 """Trials that could be under way, trials that have a worker -> how many may be under way: see `cluster.shares`."""
@@ -407,85 +399,6 @@ def probe_rows(row: TrialRow, probes: list[dict[str, Any]]) -> tuple[list[Diagno
         own = {name: probe[name] for name in ("generalization_gap", "precision_effect")}
         of_models.append(DiagnosticsRow(**where, **figures, **own))
     return of_models, of_layers
-
-
-def constraints_of(row: TrialRow) -> dict[str, float]:
-    return {name: float(row.status == name) for name in CONSTRAINTS}
-
-
-class Arm:
-    """A space that is searched and Optuna's study of it, in which a trial's number is its turn (`StudySpec.place`)."""
-
-    def __init__(self, spec: StudySpec, index: int, rows: list[TrialRow], curves: Mapping[int, Curve]) -> None:
-        """Rebuilt from the ledger. Unfinished trials wait, with their parameters; so do those whose row was lost."""
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self.spec = spec
-        self.space = Space(spec.arms()[index])
-        self._past = Past(spec.sampler.startup_trials)
-        self.study = optuna.create_study(direction="minimize", sampler=self.sampler(0))
-        is_comparison = spec.goal == "compare-activations"
-        self._settings = Space(spec.space).settings(spec.comparison.settings, spec.seed) if is_comparison else []
-        known = {turn: row for row in rows for arm, turn in [spec.place(row.trial)] if arm == index}
-        for turn in range(max(known, default=-1) + 1):
-            if turn in known:
-                self.study.add_trial(frozen_trial(self.space, known[turn], curves.get(known[turn].trial, {})))
-            else:
-                self.study.add_trial(_waiting(self._given(turn)))
-
-    def ask(self, turn: int) -> tuple[optuna.Trial, Params]:
-        """The next suggestion, or a trial that waits for its turn."""
-        if turn >= len(self.study.get_trials(deepcopy=False)) and (given := self._given(turn)):
-            self.study.add_trial(_waiting(given))
-        self.study.sampler = self.sampler(turn)
-        trial = self.study.ask()
-        assert trial.number == turn
-        return trial, self.space.suggest(trial)
-
-    def sampler(self, turn: int) -> optuna.samplers.BaseSampler:
-        """That of one suggestion. A new one each time: a sampler's own state would not survive a crash."""
-        kind, startup = self.spec.sampler.kind, self.spec.sampler.startup_trials
-        seed = int(np.random.SeedSequence([self.spec.seed, turn]).generate_state(1)[0])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            if kind == "tpe":
-                # group: without it the conditional slope falls out of the joint model and is drawn on its own
-                return BoundedTPESampler(
-                    self._past, n_startup_trials=startup, multivariate=True, group=True, constant_liar=True, seed=seed
-                )
-            if kind == "gp":
-                return optuna.samplers.GPSampler(n_startup_trials=startup, seed=seed)
-            return optuna.samplers.RandomSampler(seed=seed)
-
-    def _given(self, turn: int) -> Params:
-        """What is not left to the sampler: the defaults of the first trial, or the settings common to all arms."""
-        if turn < len(self._settings):
-            return {name: value for name, value in self._settings[turn].items() if name in self.space.distributions}
-        return self.space.start() if turn == 0 else {}
-
-
-def frozen_trial(space: Space, row: TrialRow, curve: Curve) -> FrozenTrial:
-    """A ledger row as Optuna's trial, equal to what the study held when it was written."""
-    params, distributions = space.chosen(row.params)
-    if row.state == "RUNNING":
-        return _waiting(params)
-    values = dict(curve)
-    if row.epochs and row.ranks_by is not None and row.status not in ("diverged", "oom"):
-        values.setdefault(row.epochs, row.ranks_by)  # where the epochs went with a damaged part
-    if row.status in ("diverged", "oom") and row.objective is not None:
-        values[row.epochs + 1] = row.objective
-    pruned_at = values[max(values)] if values else None
-    return create_trial(
-        state=TrialState[row.state],
-        value=row.objective if row.state == "COMPLETE" else pruned_at if row.state == "PRUNED" else None,
-        params=params,
-        distributions=distributions,
-        intermediate_values=values,
-        constraints=constraints_of(row),
-    )
-
-
-def _waiting(params: Params) -> FrozenTrial:
-    return create_trial(state=TrialState.WAITING, system_attrs={"fixed_params": params})
 
 
 def trial_seed(study_seed: int, number: int) -> int:

@@ -22,6 +22,7 @@ from vae.config import (
     Attention,
     Binarize,
     Body,
+    CompileMode,
     DataConfig,
     GaussianScale,
     InputError,
@@ -67,6 +68,7 @@ NO_IDENTITY = (
     ("budget", "max_retries"),
     ("budget", "max_consecutive_failures"),
     ("budget", "stall_timeout_s"),
+    ("sampler", "first"),
 )
 """Keys that may change from one run of a study to the next."""
 
@@ -241,6 +243,11 @@ class TrainSpec(_Section):
     max_skipped_steps: int = Field(10, ge=0, description="steps in a row that may be not finite and are left out")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="of averaged weights, used for results; 0: none")
     precision: Precision = Field("float32", description="float32 | bfloat16 (in training alone; slow on many CPUs)")
+    compile: CompileMode = Field(
+        "none",
+        description="none | default | reduce-overhead (CUDA graphs on a GPU) | max-autotune: torch.compile's, "
+        "for long trials; on a CPU not for plain perceptrons",
+    )
 
 
 class SpaceSpec(_Section):
@@ -322,6 +329,9 @@ class BudgetSpec(_Section):
 class SamplerSpec(_Section):
     kind: Literal["tpe", "random", "gp"] = Field("tpe", description="tpe | random | gp")
     startup_trials: int = Field(10, ge=1, description="random trials before tpe or gp models anything")
+    first: tuple[dict[str, str | int | float], ...] = Field(
+        (), description='tried first, behind the default: [{activation = "silu", latent_dim = 8}]; see run --warm-start'
+    )
 
 
 class SchedulerSpec(_Section):
@@ -470,6 +480,7 @@ class StudySpec(_Section):
             )
         if self.space.decoder_activation is not None and self.model.activation_scope == "shared":
             raise ValueError('space.decoder_activation is for model.activation_scope = "separate"')
+        self._check_first()
         if self.goal == "compare-activations":
             self._check_comparison()
         if self.train.objective == "vae_gan" and self.finalists.confirm:
@@ -489,6 +500,19 @@ class StudySpec(_Section):
         except ValueError as error:
             raise ValueError(str(error)) from None
         return self
+
+    def _check_first(self) -> None:
+        if self.sampler.first and self.goal != "best-model":
+            raise ValueError('sampler.first is for goal = "best-model": a comparison has settings common to all')
+        for number, configuration in enumerate(self.sampler.first, 1):
+            for name, value in configuration.items():
+                entry = getattr(self.space, name, None)
+                if name not in SpaceSpec.model_fields or entry is None:
+                    raise ValueError(f"sampler.first: {name} of configuration {number} is not in the space")
+                if not fits(entry, value):
+                    raise ValueError(
+                        f"sampler.first: {name} = {value!r} of configuration {number} is outside the space"
+                    )
 
     def _check_comparison(self) -> None:
         if self.model.activation_scope != "shared":
@@ -632,6 +656,14 @@ def largest(entry: Entry) -> Any:
     if isinstance(entry, Range):
         return entry.high
     return max(entry) if isinstance(entry, tuple) else entry
+
+
+def fits(entry: Entry, value: object) -> bool:
+    """Whether a parameter of the space can have a value."""
+    if isinstance(entry, Range):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and entry.low <= value <= entry.high  # type: ignore[operator]
+    return value in values_of(entry)
 
 
 def values_of(entry: Entry) -> tuple[Any, ...]:

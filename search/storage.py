@@ -4,6 +4,7 @@ A local place is a `pathlib.Path`. A remote one is a `RemotePath`, which answers
 studies need, so that nobody above has to ask which of the two it is. Credentials come from the environment.
 """
 
+import contextlib
 import fnmatch
 import os
 import shutil
@@ -33,6 +34,17 @@ class StorageFailed(OSError):
             f"{place}: cannot be written: {reason}\n"
             f"what was written stays readable; when there is room again, the same command goes on"
         )
+
+
+@contextlib.contextmanager
+def failing_clearly(place: object) -> Iterator[None]:
+    """Errors of the storage in this block tell where they happened and what would do."""
+    try:
+        yield
+    except StorageFailed:
+        raise
+    except OSError as error:
+        raise StorageFailed(place, reason_of(error)) from error
 
 
 class RemotePath:
@@ -187,7 +199,7 @@ def write_atomically(path: Location, content: "bytes | pa.Buffer") -> None:
     if isinstance(path, RemotePath):
         path.write_bytes(content)
         return
-    temporary = path.with_name(f".{path.name}.tmp")  # readers of the whole folder pass over a leading dot
+    temporary = temporary_of(path)
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -197,11 +209,21 @@ def write_atomically(path: Location, content: "bytes | pa.Buffer") -> None:
     except OSError:
         temporary.unlink(missing_ok=True)  # on a full disk, the room it took
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync(path.parent)
+
+
+def temporary_of(path: Path) -> Path:
+    """What `write_atomically` writes first. Readers of the whole folder pass over a leading dot."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def sync(path: Path) -> None:
+    """Return once a file's content, or the names in a folder, would outlast a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def check_writable(storage: Location) -> None:
@@ -236,7 +258,7 @@ def free_bytes(storage: Location) -> int | None:
 def replace_tree(source: Path, target: Location, last: str) -> None:
     """Put a copy of a local folder of folders in place of what is there. A folder counts once its file `last` is there.
 
-    On a disk the whole is exchanged at once; on remote storage it is a folder at a time.
+    On a disk the whole is exchanged at once, and synced; on remote storage it is a folder at a time.
     """
     if isinstance(target, RemotePath):
         for file in sorted(source.rglob("*"), key=lambda file: file.name == last):
@@ -251,6 +273,8 @@ def replace_tree(source: Path, target: Location, last: str) -> None:
     shutil.rmtree(building, ignore_errors=True)
     try:
         shutil.copytree(source, building)
+        for path in (*building.rglob("*"), building):
+            sync(path)
     except OSError:
         shutil.rmtree(building, ignore_errors=True)
         raise
@@ -261,6 +285,7 @@ def replace_tree(source: Path, target: Location, last: str) -> None:
         building.rename(target)
     else:
         building.rmdir()
+    sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -21,18 +21,17 @@ from cluster.head import head_watched
 from cluster.resources import Packing, PlacementError, fitting_trials
 from cluster.runtime import Runtime, environment, ray_runtime, replaced
 from cluster.shares import Shares
+from search.arm import curves_of, told_of
 from search.checkpoints import CheckpointStore
-from search.checks import check_batches, check_model, check_space, same_study
+from search.checks import check_space, prepared
 from search.early_stopping import EarlyStopping
 from search.events import StudyEvents
-from search.finalists import missing_runs
 from search.interrupts import Interrupts, interrupts_caught, join_or_leave
 from search.lease import Lease
 from search.ledger import Contents, Ledger, take_stock
 from search.results import (
     CHECKPOINTS_FOLDER,
     FINAL_CHECKPOINTS_FOLDER,
-    STUDY_FILE,
     Study,
     exported,
     write_study_file,
@@ -40,15 +39,15 @@ from search.results import (
 from search.rounds import BestStates, Rounds, store_server
 from search.space import Space
 from search.spec import StudySpec
-from search.storage import Location, StorageFailed, check_writable, reason_of
+from search.storage import Location, StorageFailed, failing_clearly
 from search.tables import FinalRow, TrialRow
 from search.watchdog import Watchdog
 from search.writer import Patience
 from vae.config import InputError
-from vae.data import Dataset, likelihood_advice, load_data
+from vae.data import Dataset, likelihood_advice
 
 if TYPE_CHECKING:
-    from search.sampler import Curve, SlotsFor, StudySearcher
+    from search.sampler import SlotsFor, StudySearcher
 
 TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the ledger is the record
@@ -83,21 +82,12 @@ def run_study(
     Raises InputError before anything is written; StudyFailed; StorageFailed; Interrupted. A cluster that dies
     as a whole ends this process with status 1.
     """
-    data = load_data(spec.data_config())
-    check_model(spec, data)
-    check_batches(spec, data)
-    path = spec.folder
-    stored = Study(path) if (path / STUDY_FILE).is_file() else None
-    if stored is not None:
-        spec = same_study(spec, stored, data, extend)
-        if _is_complete(spec, stored):
-            say(f"{spec.name}: complete with {spec.budget.trials} trials; --extend N asks for more")
-            return stored
-    elif extend:
-        raise InputError(f"{path}: there is no study to extend; set budget.trials instead")
-    check_writable(path.parent)
+    begin = prepared(spec, address=address, extend=extend)
+    spec, data, stored, path = begin.spec, begin.data, begin.stored, spec.folder
+    if stored is not None and begin.is_complete:
+        say(f"{spec.name}: complete with {spec.budget.trials} trials; --extend N asks for more")
+        return stored
     lease = Lease(path)
-    lease.check()
     if Space(spec.space).is_fixed:
         say("the space leaves nothing to choose: every trial is the same configuration with another seed")
     with interrupts_caught() as interrupts, contextlib.ExitStack() as stack:
@@ -116,7 +106,7 @@ def run_study(
             check_space(spec, data, concurrency)
             stack.enter_context(_held(lease, say))  # from here on files are written
             if stored is None or spec != stored.spec:
-                with _failing_clearly(path):
+                with failing_clearly(path):
                     write_study_file(path, spec, _provenance(spec, data, stored))
             with _fair_share(spec, concurrency, packing, runtime if has_others else None) as slots_for:
                 driver = _Driver(spec, data, path, concurrency, slots_for, packing, lease, interrupts, events, say)
@@ -126,7 +116,7 @@ def run_study(
         from search.publish import publish_best  # torch: only now, so that trials start sooner
 
         study = Study(path)
-        with _failing_clearly(path):
+        with failing_clearly(path):
             published = publish_best(study, data)
             for folder in (CHECKPOINTS_FOLDER, FINAL_CHECKPOINTS_FOLDER):
                 CheckpointStore(path / folder).clear()
@@ -134,15 +124,6 @@ def run_study(
         if len(published) < leaders:
             say(f"{path}: of the best {leaders} models, the weights of {leaders - len(published)} were not kept")
     return study
-
-
-def _is_complete(spec: StudySpec, stored: Study) -> bool:
-    if (stored.path / CHECKPOINTS_FOLDER).exists() or (stored.path / FINAL_CHECKPOINTS_FOLDER).exists():
-        return False
-    rows = stored.rows()
-    if sum(row.state != "RUNNING" for row in rows) < spec.budget.trials:
-        return False
-    return not spec.finalists.confirm or not missing_runs(spec, rows, stored.whole_final_rows())
 
 
 def _packing(spec: StudySpec, data: Dataset, runtime: Runtime, say: Callable[[str], None]) -> Packing | None:
@@ -226,7 +207,7 @@ class _Driver:
                 raise StorageFailed(path, str(ledger.error))
             return
         best = BestStates(spec, rows, CheckpointStore(path / CHECKPOINTS_FOLDER))
-        searcher = StudySearcher(spec, ledger, rows, _curves(contents.epochs), [best, *self.events])
+        searcher = StudySearcher(spec, ledger, rows, curves_of(contents.epochs), [best, *self.events])
         stopping = _rebuilt_stopping(spec, contents.epochs)
         concurrency = min(self.concurrency, spec.budget.trials - ended)
         for line in _opening_lines(spec, self.data, rows, concurrency):
@@ -324,6 +305,7 @@ def _fit(
 ) -> None:
     """The one place that knows Ray Tune's controller."""
     from ray import tune
+    from ray.air._internal import usage
     from ray.exceptions import RayError
     from ray.tune.execution.tune_controller import TuneController
     from ray.tune.experiment import trial as tune_trial
@@ -411,6 +393,8 @@ def _fit(
             replaced(TuneController, _update_trial_queue=lambda self, blocking=False, timeout=600: ask(self)),
             # For every trial it would ask Ray's head five times for the trainable, and unpickle it.
             replaced(tune_trial, **one_trainable),
+            # To count their users it would import MLflow and others: a second or two, and files in the home folder.
+            replaced(usage, tag_callbacks=lambda callbacks: False),
         ):
             try:
                 tuner.fit()
@@ -438,26 +422,13 @@ class _ImportedMeanwhile:
         return {}  # as `search.rounds.Rounds`
 
 
-def _curves(epochs: pa.Table) -> Mapping[int, "Curve"]:
-    """trial -> epoch -> what the sampler was told."""
-    curves: dict[int, dict[int, float]] = {}
-    for trial, epoch, value in _told(epochs):
-        curves.setdefault(trial, {})[epoch] = value
-    return curves
-
-
 def _rebuilt_stopping(spec: StudySpec, epochs: pa.Table) -> EarlyStopping:
     """As it stood: by the values that the ledger has at the rungs, in the order in which they came."""
     stopping = EarlyStopping(spec)
     at_rungs = epochs.filter(pc.is_in(epochs["epoch"], pa.array(spec.rungs(), pa.int32()))).sort_by("reported_at")
-    for trial, epoch, value in _told(at_rungs):
+    for trial, epoch, value in told_of(at_rungs):
         stopping.may_go_on(trial, epoch, value)
     return stopping
-
-
-def _told(epochs: pa.Table) -> Iterator[tuple[int, int, float]]:
-    columns = (epochs[name].to_pylist() for name in ("trial", "epoch", "objective"))
-    return zip(*columns, strict=True)
 
 
 def _provenance(spec: StudySpec, data: Dataset, stored: Study | None) -> dict[str, Any]:
@@ -489,7 +460,7 @@ def _opening_lines(spec: StudySpec, data: Dataset, rows: list[TrialRow], concurr
 
 @contextlib.contextmanager
 def _held(lease: Lease, say: Callable[[str], None]) -> Iterator[None]:
-    with _failing_clearly(lease.path.parent):
+    with failing_clearly(lease.path.parent):
         lease.path.parent.mkdir(parents=True, exist_ok=True)
         former = lease.acquire()
     if former is not None:
@@ -501,14 +472,3 @@ def _held(lease: Lease, say: Callable[[str], None]) -> Iterator[None]:
         release = threading.Thread(target=lease.release, name="vaesearch-release", daemon=True)
         release.start()
         join_or_leave(release, LAST_FLUSH_S)
-
-
-@contextlib.contextmanager
-def _failing_clearly(path: Location) -> Iterator[None]:
-    """Errors of the storage tell where they happened and what would do."""
-    try:
-        yield
-    except StorageFailed:
-        raise
-    except OSError as error:
-        raise StorageFailed(path, reason_of(error)) from error

@@ -3,7 +3,7 @@
 import difflib
 import tomllib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
@@ -29,6 +29,34 @@ MOVED = ("model.avg_pool_window", "model.activation_dropout")
 """Keys that were in another section in an earlier version."""
 FOLLOWING = ("name", "binarize", "kl_warmup_epochs", "grace_epochs")
 """Keys whose defaults follow others: a study file to start from leaves them commented out."""
+
+
+class Kind(NamedTuple):
+    """Of data, and the keys that it asks for."""
+
+    description: str
+    values: dict[str, dict[str, Any]]
+
+
+KINDS = {
+    "images": Kind(
+        "images, black and white, or grey and drawn anew as such in each step",
+        {"data": {"source": "images.npz"}, "model": {"body": "conv", "likelihood": "bernoulli"}},
+    ),
+    "grey-images": Kind(
+        "images whose shades or colours count as they are",
+        {"data": {"source": "images.npz"}, "model": {"body": "conv", "likelihood": "continuous_bernoulli"}},
+    ),
+    "tables": Kind(
+        "tables of measurements, whose columns are standardised",
+        {"data": {"source": "table.csv"}, "model": {"likelihood": "gaussian"}},
+    ),
+    "counts": Kind(
+        "tables of counts, with a size factor for each row",
+        {"data": {"source": "counts.csv"}, "model": {"likelihood": "negative_binomial"}},
+    ),
+}
+"""What `init --for` writes study files for."""
 
 
 def read_study_file(path: Location) -> dict[str, Any]:
@@ -73,9 +101,11 @@ def set_dotted(values: dict[str, Any], dotted: str, value: object) -> None:
     values[last] = value
 
 
-def commented_study_file(spec: BaseModel) -> str:
-    """A study file with every key of `spec` at its value, each with its unit and choices."""
+def commented_study_file(spec: BaseModel, purpose: str | None = None) -> str:
+    """A study file with every key of `spec` at its value, each with its unit and choices. purpose: as of a `Kind`."""
     lines = ["# A study for `vaesearch run THIS_FILE`. Every key is at its default; delete what you do not need."]
+    if purpose is not None:
+        lines = [f"# For {purpose}.", "# A study for `vaesearch run THIS_FILE`; delete what you do not need."]
     lines += _commented_keys(spec, skip_sections=True)
     for section_name, section in spec:
         if isinstance(section, BaseModel):

@@ -13,8 +13,11 @@ from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
+import typer
 from clusters import ray_head
+from pydantic import BaseModel
 
+from search.cli import app
 from search.comparison import compare
 from search.ledger import Ledger
 from search.results import Study, write_study_file
@@ -109,6 +112,21 @@ def test_the_python_of_the_results_page_runs(storage, tmp_path):
     (tmp_path / "studies").symlink_to(storage)
     for snippet in blocks(RESULTS, "python"):
         subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, check=True, timeout=60)
+
+
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+HISTORY = ("log.md", "article.md")  # tell of keys that were
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in HISTORY], ids=lambda page: page.name)
+def test_commands_and_keys_that_a_page_names_are_there(page):
+    text = re.sub(r"^```python\n.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    commands = set(re.findall(r"vaesearch ([a-z]+)\b", text)) - {"searches", "is", "prints"}
+    assert commands <= set(typer.main.get_command(app).commands) | {"command"}
+    sections = {name: getattr(StudySpec(), name) for name in StudySpec.model_fields}
+    for section, key in re.findall(r"[`'\" ]([a-z]+)\.([a-z_]+)(?=[`= ,;:]|\.\s)", text):
+        if isinstance(sections.get(section), BaseModel) and key not in ("py", "vae"):  # a file; what vae.load gives
+            assert key in type(sections[section]).model_fields, f"{section}.{key}"
 
 
 def test_ci_installs_and_tests_with_the_command_of_the_readme():

@@ -34,6 +34,16 @@ def test_nothing_is_made_before_something_is_put(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_not_the_stores_stays_as_it_is_cleared(tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints")
+    store.put(0, 1, b"one")
+    (store.folder / ".trial-00000.epoch-00002.pt.tmp").write_bytes(b"cut o")
+    (store.folder / "epoch=3.ckpt").write_bytes(b"mine")
+    (store.folder / "trial-00000").mkdir()
+    store.clear()
+    assert files_of(store) == ["epoch=3.ckpt", "trial-00000"]
+
+
 def test_the_newest_state_and_the_one_before_are_kept_and_no_more(tmp_path):
     store = CheckpointStore(tmp_path)
     for epoch in (3, 9, 27, 60):

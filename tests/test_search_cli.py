@@ -263,6 +263,16 @@ def test_init_prints_a_study_file_that_is_the_defaults(vaesearch, tmp_path):
     assert StudySpec.load(tmp_path / "study.toml") == StudySpec()
 
 
+def test_init_for_a_kind_of_data_says_what_it_is_for(vaesearch):
+    said = vaesearch("init", "--for", "counts")
+    assert (said.code, said.err) == (0, "")
+    assert said.out.startswith("# For tables of counts")
+    assert 'likelihood = "negative_binomial"' in said.out
+    assert vaesearch("init", "--for", "sounds").err == (
+        "vaesearch: --for sounds: known are images, grey-images, tables, counts\n"
+    )
+
+
 def test_list_has_a_line_a_study_with_its_progress_and_best(vaesearch, studies):
     said = vaesearch("list")
     assert (said.code, said.err) == (0, "")

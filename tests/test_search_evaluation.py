@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
 
-import search.evaluation
+import search.progress
 from search import cli
 from search.evaluation import evaluate_model
+from search.results import Study
 from vae import export
 from vae.config import SUPPORTS, DataConfig, InputError, ModelConfig
 from vae.data import Dataset, load_data
@@ -209,7 +211,41 @@ def test_grey_data_for_a_model_of_8_bit_data_are_told_on_stderr(evaluate):
     assert "255" in err
 
 
+def test_a_column_of_lists_that_has_moved_is_found_by_the_settings():
+    rows = np.random.default_rng(0).random((100, 4))
+    pq.write_table(pa.table({"label": pa.array(range(100)), "pixels": pa.array(rows.tolist())}), "rows.parquet")
+    export_model("best", "gaussian", source="rows.parquet", columns=("pixels",), binarize="none")
+    own = evaluate_model("best", importance_samples=5)
+    Path("rows.parquet").rename("moved.parquet")
+    moved = evaluate_model("best", data="moved.parquet", importance_samples=5)
+    assert moved.is_own_data
+    assert moved.nll == own.nll
+
+
 # ---- what is told
+
+
+@pytest.mark.parametrize("train_on", ["train", "train+validation"])
+def test_rows_that_a_refit_was_trained_on_are_told(train_on, evaluate):
+    export_model("best")
+    file = Path("best") / export.CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"refit": {"plan": {"train_on": train_on}}}))
+    for split in ("train", "validation", "test"):
+        code, out, _ = evaluate("best", "--importance-samples", 3, "--rows", 9, "--split", split)
+        assert code == 0
+        assert ("which it was trained on" in out) == (split == "validation" and train_on == "train+validation")
+        found = evaluate_model("best", importance_samples=3, rows=9, split=split)
+        assert found.was_trained_on == (split in train_on)
+
+
+def test_a_study_stands_for_its_best_model(small_study: Study, evaluate):
+    found = evaluate_model(Path(str(small_study.model_folders()[0])), importance_samples=5)
+    code, out, err = evaluate(
+        small_study.name, "--storage", small_study.path.parent, "--importance-samples", 5, "--json"
+    )
+    assert (code, err) == (0, "")
+    document = json.loads(out)
+    assert (document["model"], document["trial"], document["nll"]) == (small_study.name, found.trial, found.nll)
 
 
 def test_the_values_are_printed_with_what_they_are_of(evaluate):
@@ -255,7 +291,8 @@ def test_rows_are_written_one_by_one(suffix, evaluate):
 
 
 def test_a_long_evaluation_says_how_far_it_is(evaluate, monkeypatch):
-    monkeypatch.setattr(search.evaluation, "PROGRESS_EVERY_S", 0.0)
+    monkeypatch.setattr(search.progress, "QUIET_S", 0.0)
+    monkeypatch.setattr(search.progress, "LINE_EVERY_S", 0.0)
     export_model("best")
     code, out, err = evaluate("best", "--importance-samples", 3000, "--rows", 4, "--json")
     assert code == 0
@@ -274,6 +311,7 @@ def test_a_long_evaluation_says_how_far_it_is(evaluate, monkeypatch):
         (["best", "--importance-samples", 0], ["--importance-samples", "1"]),
         (["best", "--rows", 0], ["--rows", "1"]),
         (["best", "--seed", -1], ["--seed", "0"]),
+        (["best", "--seed", 2**63], ["--seed", "at most 9223372036854775807"]),
         (["best", "--data", "wide.npy"], ["wide.npy", "64 features", "has 5"]),
         (["best", "--data", "high.npy"], ["high.npy", "outside [0, 1]"]),
         (["best", "--data", "none.npy"], ["none.npy", "no such file"]),
@@ -281,7 +319,7 @@ def test_a_long_evaluation_says_how_far_it_is(evaluate, monkeypatch):
         (["best", "-o", "rows.csv"], ["--per-image"]),
         (["best", "--per-image", "-o", "rows.txt"], [".parquet"]),
         (["best", "--per-image", "-o", "none/rows.csv"], ["none"]),
-        (["none"], ["none", "no exported model"]),
+        (["none"], ["none", "exported model", "study in studies"]),
         (["bare"], ["bare", "which data"]),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
@@ -300,8 +338,8 @@ def test_what_cannot_be_evaluated_is_refused(arguments, words, evaluate):
 def test_a_model_that_gives_no_finite_likelihood_fails_by_row(evaluate):
     model, _ = export_model("best")
     weights = model.state_dict()
-    weights["outputs.bias"][0] = torch.nan
+    weights["outputs.bias"][:] = torch.finfo(torch.float32).max
     save_file(weights, Path("best") / export.WEIGHTS)
     code, out, err = evaluate("best", "--importance-samples", 3)
     assert (code, out) == (1, "")
-    assert "row 0 of the test split of digits is nan" in err
+    assert "row 0 of the test split of digits is -inf" in err

@@ -29,12 +29,12 @@ from test_search_study import (
 )
 
 import search.checks
+from search.arm import Arm, frozen_trial
 from search.checkpoints import CheckpointStore, StoreServer
 from search.checks import disk_budget_bytes, most_parameters
 from search.events import StudyEvents
 from search.results import Study, open_study
 from search.rounds import BestStates
-from search.sampler import Arm, frozen_trial
 from search.space import Space
 from search.spec import StudySpec
 from search.study import run_study

@@ -22,6 +22,7 @@ from search.comparison import compare
 from search.events import StudyEvents
 from search.finalists import DROP_NATS, dropped, final_seed, finalists, missing_runs
 from search.ledger import Ledger
+from search.plan import plan_study
 from search.publish import export_best
 from search.results import Study, exported
 from search.sampler import trial_seed
@@ -81,6 +82,16 @@ def digits() -> Dataset:
 
 
 # ---- which, and how often
+
+
+def test_a_plan_counts_the_runs_that_are_missing(compared, spec):
+    plan = plan_study(spec)
+    assert (plan.final_runs, plan.epochs_at_most, plan.seconds_at_most) == (0, 0, 0)
+    num_finalists = len(finalists(spec, compared.rows()))
+    more = spec.model_copy(update={"finalists": spec.finalists.model_copy(update={"seeds": RUNS + 3})})
+    plan = plan_study(more)
+    assert num_finalists > 1
+    assert (plan.final_runs, plan.epochs_at_most) == (3 * num_finalists, 3 * num_finalists * spec.budget.max_epochs)
 
 
 def row(number: int, activation: str, value: float | None, **more: Any) -> TrialRow:

@@ -14,10 +14,10 @@ from test_search_study import assert_epochs_fit_states
 from typer.testing import CliRunner
 
 import vae
+from search.arm import Arm
 from search.cli import app
 from search.leaderboard import ADVERSARIAL, print_study, studies_table
 from search.results import Study, open_study
-from search.sampler import Arm
 from search.space import Space
 from search.spec import StudySpec
 from search.sql import query
@@ -177,7 +177,7 @@ def test_convolutions_and_options_of_training_are_searched_and_their_effects_are
     space = Space(study.spec.space)
     replayed = Arm(study.spec, 0, rows, {}).study
     assert [trial.params for trial in replayed.trials] == [space.chosen(row.params)[0] for row in rows]
-    exported = vae.load(Path(str(study.model_folders()[0]))).config
+    exported = vae.load(Path(str(study.model_folders()[0]))).vae.config
     leader = study.summary().best
     assert leader is not None
     assert exported.activations == (leader.activation, leader.decoder_activation)

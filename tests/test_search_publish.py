@@ -9,14 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
 
 import search.publish
+import vae
+from search import cli
 from search.publish import TOLERANCE_NATS, ExportMismatch, export_best, export_models, publish_best
 from search.results import Study, open_study, ranked
-from vae import export
+from search.statistics import mean_interval
+from search.tables import FinalRow
+from vae import export, portable
 from vae.config import InputError
 from vae.data import Dataset, load_data
 from vae.model import VAE
@@ -29,7 +35,7 @@ JUDGE = dedent(
     for folder in sys.argv[1:]:
         config = vae.read_config(folder)
         data = vae.load_data(vae.DataConfig(**config["data"]["config"]))
-        model = vae.load(folder)
+        model = vae.load(folder).vae
         noise = vae.fixed_noise(len(data.validation), model.config.latent_dim, config["data"]["config"]["seed"])
         value = vae.evaluate(model, torch.tensor(data.validation), noise)
         same = data.fingerprint == config["data"]["fingerprint"]
@@ -96,6 +102,46 @@ def test_config_json_says_what_the_model_is_and_where_it_comes_from(small_study,
         assert config["data"]["fingerprint"] == data.fingerprint
         assert config["data"]["rows"]["validation"] == len(data.validation)
         assert {"vaesearch", "torch", "numpy"} <= set(config["versions"])
+
+
+def test_the_bound_of_validation_rows_as_they_stand_in_the_source_is_the_ledger_s(small_study):
+    spec = small_study.spec
+    config = replace(spec.data_config(), support="real", scale="none", binarize="none")
+    own = load_data(config).validation  # the same rows: the split knows their number and the seed alone
+    assert own.max() == 16
+    for row, folder in zip(ranked(small_study.rows()), small_study.model_folders(), strict=False):
+        model = vae.load(Path(str(folder)))
+        bounds = model.nelbo(own, seed=config.seed)
+        assert bounds.mean() == pytest.approx(row.val_nelbo, abs=TOLERANCE_NATS)
+        error = model.config["metrics"]["val_nelbo_se"]
+        assert error == pytest.approx(bounds.std(ddof=1) / np.sqrt(len(own)), rel=1e-4)
+        assert model.nelbo(own, seed=1).mean() == pytest.approx(row.val_nelbo, abs=6 * error)
+
+
+def test_what_fresh_seeds_came_to_stands_in_config_and_card(copy, data, monkeypatch, tmp_path):
+    best, second = ranked(copy.rows())[:2]
+    runs = [
+        FinalRow(study=copy.name, trial=row.trial, activation=row.activation, run=run, seed=run, state=state,
+                 status="ok", importance_samples=50)
+        for row in (best, second) for run, state in enumerate(("COMPLETE", "COMPLETE", "COMPLETE", "FAIL"))
+    ]  # fmt: skip
+    nll = np.random.default_rng(0).normal(80, 5, (2, 3, 20))
+    images = pa.Table.from_pylist(
+        [
+            {"trial": row.trial, "run": run, "row": image, "nll": nll[index, run, image]}
+            for image in reversed(range(20)) for run in range(3) for index, row in enumerate((best, second))
+        ]
+    )  # fmt: skip
+    monkeypatch.setattr(Study, "whole_final_rows", lambda self: runs)
+    monkeypatch.setattr(Study, "final_images", lambda self: images)
+    (folder,) = export_best(copy, data, 1, tmp_path / "mine")
+    finals = export.read_config(folder)["finals"]
+    interval = mean_interval(nll[0])
+    assert finals == {
+        "split": "test", "nll": pytest.approx(nll[0].mean()), "interval": [interval.low, interval.high], "seeds": 3,
+        "importance_samples": 50,
+    }  # fmt: skip
+    assert "3 fresh seeds" in (folder / "README.md").read_text(encoding="utf-8")
 
 
 def test_pictures_open_and_the_card_names_the_value(small_study):
@@ -215,8 +261,41 @@ def test_export_of_other_data_than_the_study_was_made_on_is_refused(copy, data, 
     assert not (tmp_path / "mine").exists()
 
 
+def test_onnx_that_cannot_be_written_is_refused_before_a_model_is_made(copy, data, monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="programs = True"):
+        export_best(copy, data, 1, tmp_path / "mine", onnx=True)
+    monkeypatch.setattr(portable, "_ONNX_PACKAGES", ("no_such_package",))
+    with pytest.raises(InputError, match="ONNX needs no_such_package"):
+        export_best(copy, data, 1, tmp_path / "mine", programs=True, onnx=True)
+    assert not (tmp_path / "mine").exists()
+
+
 def test_a_model_that_was_rejected_leaves_nothing_behind(copy, data, monkeypatch, tmp_path):
     monkeypatch.setattr(search.publish.export, "save", tampering(scaled_weights))
     with pytest.raises(ExportMismatch):
         export_best(copy, data, 1, tmp_path / "mine")
     assert list((tmp_path / "mine").iterdir()) == []
+
+
+def test_the_command_writes_programs_and_tells_how_to_get_onnx(small_study, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(portable, "_ONNX_PACKAGES", ("no_such_package",))
+    where = {"study": small_study.name, "storage": str(small_study.path.parent), "to": tmp_path / "mine"}
+    with pytest.raises(InputError, match=r"no_such_package: pip install 'vaesearch\[onnx\]'"):
+        cli.export(**where, onnx=True)
+    assert not (tmp_path / "mine").exists()
+    cli.export(**where)
+    out, err = capsys.readouterr()
+    folder = Path(out.strip())
+    assert "no ONNX files: ONNX needs no_such_package" in err
+    assert {file.name for file in folder.iterdir()} == {
+        *(file.name for file in small_study.model_folders()[0].iterdir()), "encoder.pt2", "decoder.pt2",
+    }  # fmt: skip
+    assert set(export.read_config(folder)["files"]) == {"encoder.pt2", "decoder.pt2"}
+    assert len(judged(folder)) == 1
+
+
+def test_what_the_command_refused_is_told(copy, monkeypatch, tmp_path, capsys):
+    refused = portable.Portable(refused={"encoder.pt2": "differs from the model by 0.5, and 1e-06 is allowed"})
+    monkeypatch.setattr(portable, "write", lambda *given, **more: refused)
+    cli.export(study=copy.name, storage=str(copy.path.parent), to=tmp_path / "mine", onnx=False)
+    assert "encoder.pt2: refused: differs from the model by 0.5" in capsys.readouterr().err

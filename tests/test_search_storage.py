@@ -99,6 +99,22 @@ def test_a_tree_replaces_another_and_is_fetched(place, tmp_path):
     assert list(target.glob("*/config.json")) == []
 
 
+def test_a_tree_would_outlast_a_power_cut(tmp_path, monkeypatch):
+    fsync, synced = os.fsync, set[int]()
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    source, target = tmp_path / "source", tmp_path / "place" / "models"
+    (source / "1-trial-7").mkdir(parents=True)
+    (source / "1-trial-7" / "weights").write_text("weights")
+    target.parent.mkdir()
+    replace_tree(source, target, last="config.json")
+    assert {path.stat().st_ino for path in (target.parent, target, *target.rglob("*"))} <= synced
+
+
 def test_a_place_that_can_be_written_is_left_as_it_was(place):
     check_writable(place)
     assert not place.exists()

@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import search.checks
 import search.study
 from search.checkpoints import CheckpointStore
 from search.events import StudyEvents
@@ -463,7 +464,7 @@ def test_a_study_whose_trials_all_fail_stops_early_shows_the_first_reason_and_ca
         return replace(data, validation=np.ascontiguousarray(data.validation[:, :10]))
 
     with monkeypatch.context() as patch:
-        patch.setattr(search.study, "load_data", broken)
+        patch.setattr(search.checks, "load_data", broken)
         with pytest.raises(StudyFailed) as caught:
             run_study(spec)
     study = Study(tmp_path / spec.name)

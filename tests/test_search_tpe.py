@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from test_search_sampler import Desk, make_spec, play
 
 from search import tpe
-from search.sampler import CONSTRAINTS, Arm
+from search.arm import CONSTRAINTS, Arm
 from search.tpe import GOOD, BoundedTPESampler, Past, rank_of
 
 OPTIONS: dict[str, Any] = {"n_startup_trials": 4, "multivariate": True, "group": True, "constant_liar": True}
@@ -78,7 +78,7 @@ def test_a_whole_search_up_to_the_limit_is_that_of_optunas_own(tmp_path, monkeyp
         return [trial.params for trial in desk.searcher.arms[0].study.get_trials()]
 
     bounded = searched(tmp_path / "bounded")
-    monkeypatch.setattr("search.sampler.BoundedTPESampler", lambda past, **given: optuna.samplers.TPESampler(**given))
+    monkeypatch.setattr("search.arm.BoundedTPESampler", lambda past, **given: optuna.samplers.TPESampler(**given))
     assert searched(tmp_path / "whole") == bounded
 
 

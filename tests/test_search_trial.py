@@ -242,9 +242,9 @@ def test_a_worker_is_heard_while_it_trains_and_not_while_it_hangs(make, store, m
     assert before > 0.2  # nothing moved since
     straight = worker._attempt.trainer._train_step
 
-    def slow(x: torch.Tensor) -> tuple[float, float, float]:
+    def slow(x: torch.Tensor) -> None:
         time.sleep(0.02)  # an epoch of half a second
-        return straight(x)
+        straight(x)
 
     monkeypatch.setattr(worker._attempt.trainer, "_train_step", slow)
     trained = threading.Thread(target=worker._attempt.trainer.train_epoch)

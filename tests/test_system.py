@@ -234,6 +234,24 @@ def test_without_arguments_the_digits_are_searched_well_in_under_three_minutes(t
     assert time.monotonic() - started < 10  # nothing was left to do
 
 
+def test_nothing_is_written_beside_the_study_and_what_was_asked_for(tmp_path):
+    here, home = tmp_path / "here", tmp_path / "home"
+    here.mkdir()
+    home.mkdir()
+    for arguments in (
+        ("run", "--trials", "2", "--max-epochs", "8", "--set", "scheduler.kind=none"),
+        ("report", "digits"),
+        ("export", "digits", "--to", "models"),
+        ("evaluate", "digits", "--importance-samples", "2"),
+        ("sample", "digits", "-o", "samples.png"),
+        ("refit", "digits", "--epochs", "2", "--to", "longer"),
+    ):
+        done = run(*arguments, cwd=here, extra={"HOME": str(home)})
+        assert done.returncode == 0, (arguments, done.stderr)
+    assert list(home.rglob("*")) == []
+    assert sorted(path.name for path in here.iterdir()) == ["longer", "models", "samples.png", "studies"]
+
+
 # ---- signals
 
 

@@ -3,10 +3,12 @@
 import csv
 import dataclasses
 import json
+import math
 import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from vae.card import card as write_card
 from vae.config import SUPPORTS, DataConfig, InputError, LikelihoodName, ModelConfig
 from vae.data import Dataset, load_data
 from vae.export import load, read_config, read_units, save
-from vae.images import save_grid, save_reconstructions, shades
 from vae.model import VAE
 from vae.objective import evaluate, fixed_noise
 
@@ -34,7 +36,7 @@ CONFIG = {
 }
 EVALUATE_ELSEWHERE = """
 import sys, numpy as np, torch, vae
-model = vae.load(sys.argv[1])
+model = vae.load(sys.argv[1]).vae
 x = torch.from_numpy(np.load(sys.argv[2]))
 print(vae.evaluate(model, x, vae.fixed_noise(len(x), 3, 0)).nelbo.hex())
 """
@@ -70,6 +72,12 @@ def folder(tmp_path, model):
 def test_save_writes_the_five_files(folder):
     names = {"model.safetensors", "config.json", "samples.png", "reconstructions.png", "README.md"}
     assert {file.name for file in folder.iterdir()} == names
+
+
+def test_weights_that_cannot_be_written_are_an_error_of_the_system_that_names_the_file(tmp_path, model):
+    (tmp_path / "best" / "model.safetensors").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"best/model\.safetensors cannot be written: .*directory"):
+        save(model, tmp_path / "best", config=CONFIG, data=dataset())
 
 
 def test_read_config_gives_back_what_was_saved(folder):
@@ -135,6 +143,61 @@ def test_the_lines_of_the_card_that_show_the_use_run(folder, monkeypatch):
 def test_a_model_of_a_table_is_saved_too(tmp_path, model):
     save(model, tmp_path / "table", config={}, data=dataset(image_shape=None))
     assert load(tmp_path / "table").config == MODEL
+
+
+def test_the_card_opens_with_what_model_hubs_read(folder, tmp_path, model):
+    import yaml
+
+    front = yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---\n")[1])
+    assert (front["library_name"], front["license"]) == ("vaesearch", "unknown")
+    assert {"vae", "safetensors"} <= set(front["tags"])
+    assert "onnx" not in front["tags"]
+    (entry,) = front["model-index"]
+    assert entry["name"] == "things, trial 17"
+    (result,) = entry["results"]
+    assert result["dataset"]["name"] == "things.npy"
+    assert [(metric["type"], metric["value"]) for metric in result["metrics"]] == [("nelbo", 7.25)]
+    assert front["metrics"] == ["nelbo"]
+
+    odd = dataclasses.replace(dataset(), config=DataConfig(source='a: "b" # ä\n- c.npy', binarize="static"))
+    save(model, tmp_path / "odd", config=CONFIG, data=odd)
+    front = yaml.safe_load((tmp_path / "odd" / "README.md").read_text(encoding="utf-8").split("\n---\n")[0])
+    assert front["model-index"][0]["results"][0]["dataset"]["name"] == 'a: "b" # ä\n- c.npy'
+    save(model, tmp_path / "bare", config={}, data=dataset())
+    front = yaml.safe_load((tmp_path / "bare" / "README.md").read_text(encoding="utf-8").split("---\n")[1])
+    assert "metrics" not in front
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "slug"),
+    [
+        ("/home/somebody/secret project/faces \U0001f600.npz", "faces \U0001f600.npz", "faces-.npz"),
+        ("../../somewhere/\U0001f600", "\U0001f600", "data"),
+        ("line\x85and\u2028\x7fend\u200d.csv", "line\x85and\u2028\x7fend\u200d.csv", "line-and-end-.csv"),
+        ("mnist", "mnist", "mnist"),
+    ],
+)
+def test_the_card_tells_the_name_of_the_data_alone_whatever_its_letters(tmp_path, model, source, name, slug):
+    import yaml
+
+    data = dataclasses.replace(dataset(), config=DataConfig(source=source, binarize="static"))
+    save(model, tmp_path / "best", config=CONFIG, data=data)
+    text = (tmp_path / "best" / "README.md").read_text(encoding="utf-8")
+    front = yaml.safe_load(text.split("\n---\n")[0])
+    found = front["model-index"][0]["results"][0]["dataset"]
+    assert (found["name"], found["type"]) == (name, slug)
+    assert "somebody" not in text
+    assert "somewhere" not in text
+
+
+def test_the_card_tells_how_sure_the_values_are(tmp_path, model):
+    finals = {"split": "test", "nll": 83.25, "interval": [82.5, 84.0], "seeds": 5, "importance_samples": 5000}
+    metrics = {"val_nelbo": 7.25, "val_nelbo_se": 0.125}
+    save(model, tmp_path / "best", config={"metrics": metrics, "finals": finals}, data=dataset())
+    text = (tmp_path / "best" / "README.md").read_text(encoding="utf-8")
+    assert "| val_nelbo | 7.25 ± 0.125 |" in text
+    assert "5 fresh seeds" in text
+    assert "**83.25** (5000 samples a row; 95 % interval over seeds 82.5 to 84)" in " ".join(text.split())
 
 
 # ---- the data's own units
@@ -258,23 +321,36 @@ def test_the_card_s_lines_feed_a_model_what_it_was_trained_on(tmp_path, monkeypa
     card = (tmp_path / "best" / "README.md").read_text(encoding="utf-8")
     assert "{" not in card
     code = card.split("```python\n")[1].split("```")[0]
+    assert len([line for line in code.splitlines() if line and "import" not in line]) <= 5
     assert code.count("np.zeros((1, 4))") == 1
     monkeypatch.chdir(tmp_path)
     exec(code, {})
     names: dict[str, Any] = {}
     exec(code.replace("np.zeros((1, 4))", f"np.array({table.reshape(80, 4).tolist()})"), names)
 
-    x, binarize = names["x"], data.config.binarize
-    if binarize == "dynamic":
-        assert set(x.unique().tolist()) == {0.0, 1.0}
-        assert np.abs(x.numpy().mean(axis=0) - data.train.mean(axis=0)).max() < 0.3
-    else:  # the same rows, in another order
-        splits = np.concatenate((data.train, data.validation, data.test))
-        np.testing.assert_array_equal(np.sort(x.numpy(), axis=0), np.sort(splits, axis=0))
+    splits = np.concatenate((data.train, data.validation, data.test))  # the same rows, in another order
+    if data.config.binarize == "dynamic":
+        splits = data.units.scale(table.reshape(80, 4))
+    x = torch.from_numpy(splits)
     means = model.reconstruct(x).numpy()
-    np.testing.assert_array_equal(names["means"], means if binarize == "threshold" else data.restore(means))
-    assert names["mu"].shape == (80, 2)
+    means = means if data.config.binarize == "threshold" else data.restore(means)
+    scale = means.std(axis=0) + 1e-9
+    for got, wanted in ((names["means"], means), (names["mu"], model.encode(x)[0].detach().numpy())):
+        spread = scale if got is names["means"] else 1
+        np.testing.assert_allclose(
+            np.sort(got, axis=0) / spread, np.sort(wanted, axis=0) / spread, rtol=1e-5, atol=1e-4
+        )
     assert names["samples"].shape == (16, 4)
+
+    programs = {"files": {"encoder.pt2": {"tolerance": 1e-6}, "encoder.onnx": {"tolerance": 1e-5}}}
+    text = write_card(model, "best", read_config(tmp_path / "best") | programs, data)
+    assert "`encoder.pt2` is within 1e-06, `encoder.onnx` is within 1e-05 of what it gives." in text
+    assert "- onnx\n" in text
+    code = text.split("```python\n")[2].split("```")[0]
+    exec(code.replace("np.zeros((1, 4))", f"np.array({table.reshape(80, 4).tolist()})"), names)
+    x = data.units.scale(table.reshape(80, 4))
+    np.testing.assert_array_equal(names["x"], x > 0.5 if data.config.binarize == "threshold" else x)
+    assert names["x"].dtype == np.float32
 
 
 def test_the_card_tells_body_activations_likelihood_and_what_mixtures_have_learned(tmp_path):
@@ -386,72 +462,253 @@ def test_a_value_that_json_lacks_is_refused_when_saving(model, tmp_path):
         save(model, tmp_path / "bad", config={"metrics": {"val_nelbo": float("nan")}}, data=dataset())
 
 
-# ---- pictures
+def refusal(folder: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        load(folder)
+    return str(caught.value)
 
 
-@pytest.mark.parametrize("logarithmic", [False, True])
-@pytest.mark.parametrize("image_shape", [None, (2, 2)])
-def test_shades_of_any_data_fill_the_range_whatever_the_outliers(image_shape, logarithmic):
-    rng = np.random.default_rng(0)
-    train = rng.poisson([1, 20, 300, 5000], (500, 4)).astype(np.float32)
-    train[0, 1] = 1e6
-    drawn = shades(train, train, image_shape, logarithmic)
-    assert np.isfinite(drawn).all()
-    inside = (drawn >= 0) & (drawn <= 1)
-    assert inside.mean() > 0.95
-    columns = drawn.clip(0, 1).std(axis=0)
-    assert (columns > 0.1).all() if image_shape is None else drawn.clip(0, 1).std() > 0.1
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
 
 
-def test_shades_of_a_constant_and_of_a_rare_column_are_drawn():
-    train = np.zeros((1000, 3), dtype=np.float32)
-    train[:, 0], train[7, 1], train[:, 2] = 5, 9, np.linspace(-3, 3, 1000)
-    drawn = shades(train, train, None)
-    assert (drawn[:, 0] == 0).all()
-    assert (drawn[7, 1], drawn[8, 1]) == (1, 0)
+@pytest.mark.parametrize(
+    "claim",
+    [
+        {"latent_dim": 10**9},
+        {"latent_dim": 10**30},
+        {"hidden_dims": [10**9, 5]},
+        {"hidden_dims": [8, 5] * 10**6},
+        {"input_dim": 10**9},
+        {"activation": "apl", "apl_hinges": 10**9},
+        {"activation": "avg_pool", "avg_pool_window": 10**9 + 1},
+        {"body": "conv", "image_shape": [10**5, 10**5], "input_dim": 10**10},
+        {"body": "conv", "image_shape": [3, 4], "channels": [10**9]},
+    ],
+    ids=lambda claim: "-".join(claim),
+)
+def test_sizes_that_are_not_those_of_the_weights_are_refused(folder, claim):
+    rewrite(folder, lambda config: config | {"model": config["model"] | claim})
+    assert "do not belong together" in refusal(folder)
 
 
-def test_rows_in_the_unit_interval_are_drawn_as_they_are():
-    rows = np.random.default_rng(0).random((5, 4), dtype=np.float32) / 2
-    assert shades(rows, rows, None) is rows
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shift": [0.0]},
+        {"shift": [0.0] * 12},
+        {"shift": ["x"] * 12, "factor": [1.0] * 12},
+        {"shift": [float("inf")] * 12, "factor": [1.0] * 12},
+        {"columns": ["a"]},
+        {"image_shape": [3, 5]},
+        {"config": [1]},
+        "x",
+    ],
+)
+def test_units_that_do_not_fit_the_model_are_refused(folder, change):
+    rewrite(folder, lambda config: config | {"data": change})
+    assert "is damaged" in refusal(folder)
 
 
-def pixels(path) -> np.ndarray:
-    with Image.open(path) as image:
-        assert image.format == "PNG"
-        return np.asarray(image.convert("RGB"))
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shift": [10**400] * 12, "factor": [1] * 12},
+        {"shift": [0] * 12, "factor": [float("nan")] * 12},
+        {"image_shape": [12]},
+        {"image_shape": [3, 2, 2, 1]},
+        {"image_shape": [-3, -4]},
+        {"image_shape": [10**4000] * 2000},  # whose product would take minutes
+    ],
+)
+def test_numbers_in_a_config_that_no_array_holds_are_refused(folder, change):
+    rewrite(folder, lambda config: config | {"data": change})
+    assert "is damaged" in refusal(folder)
 
 
-def test_a_grid_shows_small_images_enlarged_and_in_order(tmp_path):
-    rows = np.zeros((5, 4), dtype=np.float32)
-    rows[3] = 1  # the first of the second line
-    save_grid(rows, (2, 2), tmp_path / "grid.png", columns=3)
-    image = pixels(tmp_path / "grid.png")
-    assert image.shape[0] >= 2 * 64
-    assert image.shape[1] >= 3 * 64
-    white = np.argwhere((image == 255).all(axis=-1))
-    assert len(white) == 64 * 64
-    assert white[:, 0].min() > image.shape[0] // 2
-    assert white[:, 1].max() < image.shape[1] // 3
+def test_the_size_of_images_is_held_against_the_features_of_any_body(folder):
+    rewrite(folder, lambda config: config | {"model": config["model"] | {"image_shape": [3, 5]}})
+    assert "image_shape [3, 5] does not make 12 features" in refusal(folder)
 
 
-@pytest.mark.parametrize("image_shape", [(6, 8), (6, 8, 1), (4, 4, 3), (6, 4, 2), None])
-def test_every_kind_of_row_can_be_drawn(tmp_path, image_shape):
-    rows = np.random.default_rng(0).random((7, 48), dtype=np.float32)
-    save_grid(rows, image_shape, tmp_path / "grid.png")
-    save_reconstructions(rows, rows, image_shape, tmp_path / "pairs.png")
-    assert pixels(tmp_path / "pairs.png").shape[0] > pixels(tmp_path / "grid.png").shape[0]
+def test_hundreds_of_layers_of_nothing_are_refused_before_any_is_made(folder, monkeypatch):
+    """Weights without values cost a line of the header each, and a layer to hold them thousands of bytes."""
+    weights = load_file(folder / "model.safetensors") | {f"empty.{i}": torch.zeros(0) for i in range(1000)}
+    save_file(weights, folder / "model.safetensors")
+    rewrite(folder, lambda config: config | {"model": config["model"] | {"hidden_dims": [8] * 1000}})
+    monkeypatch.setattr("vae.export.VAE", None)
+    assert "hidden_dims has more than 256 values" in refusal(folder)
 
 
-def test_colours_keep_their_channels(tmp_path):
-    save_grid(np.array([[1.0, 0.0, 0.0]], dtype=np.float32), (1, 1, 3), tmp_path / "red.png")
-    assert pixels(tmp_path / "red.png")[10, 10].tolist() == [255, 0, 0]
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda value: value.double(), "mu.bias is of torch.float64, and torch.float32 is wanted"),
+        (lambda value: value.int(), "mu.bias is of torch.int32, and torch.float32 is wanted"),
+        (lambda value: value + torch.nan, "mu.bias is not finite"),
+    ],
+    ids=["wider", "whole", "NaN"],
+)
+def test_weights_of_another_type_or_that_are_not_finite_are_refused(folder, change, error):
+    weights = load_file(folder / "model.safetensors")
+    weights["mu.bias"] = change(weights["mu.bias"])
+    save_file(weights, folder / "model.safetensors")
+    assert error in refusal(folder)
 
 
-def test_reconstructions_stand_below_their_originals(tmp_path):
-    originals, reconstructions = np.ones((3, 4), np.float32), np.zeros((3, 4), np.float32)
-    save_reconstructions(originals, reconstructions, (2, 2), tmp_path / "pairs.png", columns=2)
-    image = pixels(tmp_path / "pairs.png")
-    height = image.shape[0] // 4
-    lines = [image[index * height + height // 2, image.shape[1] // 4, 0] for index in range(4)]
-    assert lines == [255, 0, 255, 0]
+@pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "..", "a\\b", ""])
+@pytest.mark.parametrize("key", ["files", "refused"])
+def test_a_file_name_that_leads_out_of_the_folder_is_refused(folder, key, name):
+    rewrite(folder, lambda config: config | {key: {name: {}}})
+    assert "must name files of the folder" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_link_out_of_the_folder_is_refused_but_within_a_hub_s_cache(folder, tmp_path, name):
+    blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "0123"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for file in list(folder.iterdir()):
+        (blobs / f"hash-{file.name}").write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(f"../../blobs/hash-{file.name}")
+    assert load(snapshot).config == MODEL
+    (snapshot / "models" / "best").mkdir(parents=True)  # in a subfolder of the repository
+    for file in list(folder.iterdir()):
+        (snapshot / "models" / "best" / file.name).symlink_to(f"../../../../blobs/hash-{file.name}")
+    assert load(snapshot / "models" / "best").config == MODEL
+    (folder / name).unlink()
+    (folder / name).symlink_to(blobs / f"hash-{name}")
+    assert "outside of the folder" in refusal(folder)
+    (folder / name).unlink()
+    (folder / name).symlink_to(name)
+    assert name in refusal(folder)
+
+
+@pytest.mark.parametrize("text", ["[" * 10**6, '{"a":' * 10**5, "9" * 10**5, "\xff", '{"format": 2, "model": NaN}'])
+def test_json_that_would_break_a_reader_is_refused(folder, text):
+    (folder / "config.json").write_text(text, encoding="latin-1")
+    assert "config.json" in refusal(folder)
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(folder):
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    assert "is missing" in refusal(folder)
+
+
+def test_a_device_that_is_not_there_is_refused(folder):
+    for device in ("cuda:99", "nonsense"):
+        with pytest.raises(InputError, match="no device"):
+            load(folder, device)
+
+
+REFUSE_IN_LITTLE_MEMORY = """
+import json, os, resource, sys
+from pathlib import Path
+from vae.config import InputError
+from vae.export import load
+
+folder = Path(sys.argv[1])
+load(folder)  # what this needs is there
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, resource.RLIM_INFINITY))
+weights, config = folder / "model.safetensors", folder / "config.json"
+whole, text = weights.read_bytes(), config.read_text()
+
+def refused():
+    try:
+        load(folder)
+    except InputError as error:
+        print(error)
+    else:
+        raise SystemExit("was loaded")
+
+for claim in (10 * 2**30, 90 * 2**20):
+    with weights.open("wb") as stream:
+        stream.write(claim.to_bytes(8, "little"))
+        stream.truncate(11 * 2**30)
+    refused()
+header = json.dumps({"mu.weight": {"dtype": "F32", "shape": [10**9, 10], "data_offsets": [0, 4 * 10**10]}}).encode()
+weights.write_bytes(len(header).to_bytes(8, "little") + header)
+refused()
+weights.write_bytes(whole)
+for claim in ({"latent_dim": 10**9}, {"hidden_dims": [10**8, 5]}, {"apl_hinges": 10**9, "activation": "apl"}):
+    stored = json.loads(text)
+    stored["model"] |= claim
+    config.write_text(json.dumps(stored))
+    refused()
+with config.open("wb") as stream:
+    stream.truncate(2**30)
+refused()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_absurd_claims_are_refused_in_little_memory(folder):
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSE_IN_LITTLE_MEMORY, str(folder)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    lines = done.stdout.splitlines()
+    assert [("damaged" in line, "do not belong" in line, "more than" in line) for line in lines] == [
+        *[(True, False, False)] * 3, *[(False, True, False)] * 3, (False, False, True),
+    ]  # fmt: skip
+
+
+def test_what_fails_on_the_device_is_not_the_file_s_fault(folder, monkeypatch):
+    def full(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(VAE, "to", full)
+    with pytest.raises(RuntimeError, match="out of memory") as caught:
+        load(folder)
+    assert not isinstance(caught.value, InputError)
+
+
+# ---- large ones
+
+
+def test_a_model_of_800_000_features_reads_back(tmp_path, monkeypatch):
+    """shift and factor are a number a feature, and config.json has tens of megabytes."""
+    monkeypatch.setattr("vae.export._NUM_SAMPLES", 1)
+    rows = np.random.default_rng(0).random((3, 800_000), dtype=np.float32)
+    scale = np.random.default_rng(1).random(800_000)
+    data = dataclasses.replace(
+        dataset((800, 1000)),
+        config=DataConfig(source="large.npy", support="real", binarize="none"),
+        train=rows[:1], validation=rows[1:2], test=rows[2:], shift=scale, factor=scale,
+    )  # fmt: skip
+    model = VAE(ModelConfig(input_dim=800_000, latent_dim=1, hidden_dims=(1,), likelihood="gaussian"))
+    units = {"image_shape": [800, 1000], "shift": scale.tolist(), "factor": scale.tolist()}
+    save(model, tmp_path / "large", config={"data": units}, data=data)
+    assert (tmp_path / "large" / "config.json").stat().st_size > 2**24
+    assert load(tmp_path / "large").config == model.config
+    np.testing.assert_array_equal(read_units(tmp_path / "large").factor, scale)
+
+
+def num_pixels(path: Path) -> int:
+    with Image.open(path) as picture:
+        return math.prod(picture.size)
+
+
+@pytest.mark.parametrize(("image_shape", "tile_pixels"), [((3, 4), 50 * 66), (None, 14 * 650)])
+@pytest.mark.parametrize("fitting", [0, 3, 20])
+def test_the_pictures_of_an_export_show_as_many_examples_as_fit(
+    tmp_path, model, monkeypatch, image_shape, tile_pixels, fitting
+):
+    save(model, tmp_path / "all", config={}, data=dataset(image_shape))
+    monkeypatch.setattr("vae.images.MAX_PIXELS", fitting * tile_pixels)
+    save(model, tmp_path / "few", config={}, data=dataset(image_shape))
+    for name in ("samples.png", "reconstructions.png"):
+        few, every = (num_pixels(tmp_path / folder / name) for folder in ("few", "all"))
+        assert tile_pixels <= few < every
+        assert few < 1.2 * max(fitting, 2) * tile_pixels  # with the gaps
+        assert few > 0.5 * fitting * tile_pixels
+
+
+def test_programs_of_an_earlier_export_do_not_stay_beside_new_weights(folder, model):
+    (folder / "encoder.pt2").write_bytes(b"old")
+    (folder / "decoder.onnx").write_bytes(b"old")
+    save(model, folder, config=CONFIG, data=dataset())
+    assert not list(folder.glob("*.pt2")) + list(folder.glob("*.onnx"))

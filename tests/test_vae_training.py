@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-import vae.training
+import vae.optimizer
 from vae.config import DataConfig, ModelConfig, TrainConfig
 from vae.data import Dataset, load_data
 from vae.objective import evaluate
@@ -188,7 +188,7 @@ def test_every_epoch_draws_its_own_order_and_noise(tiny, monkeypatch):
 
 def test_the_optimizer_is_torchs_adamw_to_the_bit(tiny):
     trained = []
-    for optimizer in (vae.training._AdamW, torch.optim.AdamW):
+    for optimizer in (vae.optimizer.AdamW, torch.optim.AdamW):
         torch.manual_seed(0)
         model = torch.nn.Linear(6, 3)
         steps = optimizer(model.parameters(), lr=0.01, weight_decay=0.1, fused=True)

@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from vae.adversarial import make_trainer
     from vae.config import DataConfig, InputError, ModelConfig, TrainConfig
     from vae.data import load_data
-    from vae.export import load, read_config, read_units
+    from vae.export import read_config, read_units
+    from vae.loaded import Model, load
     from vae.model import VAE
     from vae.objective import evaluate, fixed_noise, importance_weighted
     from vae.training import Trainer
@@ -17,6 +18,7 @@ _HOME = {
     "ACTIVATIONS": "vae.activations",
     "DataConfig": "vae.config",
     "InputError": "vae.config",
+    "Model": "vae.loaded",
     "ModelConfig": "vae.config",
     "TrainConfig": "vae.config",
     "Trainer": "vae.training",
@@ -24,7 +26,7 @@ _HOME = {
     "evaluate": "vae.objective",
     "fixed_noise": "vae.objective",
     "importance_weighted": "vae.objective",
-    "load": "vae.export",
+    "load": "vae.loaded",
     "load_data": "vae.data",
     "make_trainer": "vae.adversarial",
     "read_config": "vae.export",
@@ -36,6 +38,7 @@ __all__ = [
     "VAE",
     "DataConfig",
     "InputError",
+    "Model",
     "ModelConfig",
     "TrainConfig",
     "Trainer",

@@ -29,13 +29,12 @@ from torch.nn import functional as F
 from vae.config import SUPPORTS, ModelConfig, TrainConfig
 from vae.data import Dataset
 from vae.layers import head, make_encoder
-from vae.objective import Evaluation, free_bits_kl, gaussian_kl
-from vae.training import Trainer, parameter_groups
+from vae.objective import CHUNK_ROWS, Evaluation, free_bits_kl, gaussian_kl
+from vae.optimizer import parameter_groups
+from vae.training import Trainer
 
 FEATURE_WEIGHT = 1.0  # gamma of Larsen et al.; at 0.1 the squared error on the digits is half as large again
 MOMENTUM = 0.5  # beta1 of Adam, for all: at 0.9 the networks chase each other. Radford et al. 2016
-
-_CHUNK_ROWS = 1024
 
 # Shapes: N rows, B batch, X input features, Z latent dimensions, U features of the discriminator.
 
@@ -104,6 +103,8 @@ class AdversarialTrainer(Trainer):
             "likelihood": list(model.likelihood.parameters()),
         }
         self._parameters += self._moved_by["discriminator"]
+        if self._has_statistics:
+            self._buffers += self.discriminator.buffers()
         for group in parameter_groups(self.discriminator, train_config.weight_decay):
             self.optimizer.add_param_group(group)
         mean = data.train.mean(axis=0, dtype=np.float64)
@@ -148,7 +149,7 @@ class AdversarialTrainer(Trainer):
     def _objective(self, validation: Evaluation) -> float:
         """Squared error of reconstructions, summed over features, mean over the validation split."""
         errors = [
-            (self.result.reconstruct(rows) - rows).square().sum(dim=-1) for rows in self._validation.split(_CHUNK_ROWS)
+            (self.result.reconstruct(rows) - rows).square().sum(dim=-1) for rows in self._validation.split(CHUNK_ROWS)
         ]
         return float(torch.cat(errors).double().mean())
 
@@ -161,7 +162,9 @@ class AdversarialTrainer(Trainer):
             if parameters:
                 gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
                 for parameter, gradient in zip(parameters, gradients, strict=True):
-                    parameter.grad = gradient
+                    # Those of convolutions on a GPU may come in another order of memory than the weights that the
+                    # optimizer goes through beside them.
+                    parameter.grad = gradient.contiguous()
         return total, losses.likelihood.detach(), losses.kl.detach()
 
 

@@ -42,6 +42,7 @@ LrSchedule = Literal["constant", "cosine", "warmup_cosine"]
 TrainObjective = Literal["elbo", "vae_gan"]
 KlSchedule = Literal["linear", "cyclical"]
 Precision = Literal["float32", "bfloat16"]
+CompileMode = Literal["none", "default", "reduce-overhead", "max-autotune"]
 Scale = Literal["auto", "none", "minmax", "standard"]
 Binarize = Literal["none", "threshold", "static", "dynamic"]
 Support = Literal["unit", "real", "counts"]
@@ -177,6 +178,7 @@ class TrainConfig:
     max_skipped_steps: int = 10  # in a row, for a loss or gradient that is not finite; one more and it has diverged
     ema_decay: float = 0.0  # of the averaged weights, which are then what is validated and exported; 0: no averaging
     precision: Precision = "float32"  # of the matrix products in training; validation is in float32 always
+    compile: CompileMode = "none"  # torch.compile's modes, of training alone; on a CPU plain perceptrons don't need it
 
     def __post_init__(self) -> None:
         _require(0 < self.learning_rate < math.inf, f"learning_rate must be positive, got {self.learning_rate}")
@@ -194,6 +196,8 @@ class TrainConfig:
         _require(self.max_skipped_steps >= 0, f"max_skipped_steps must be at least 0, got {self.max_skipped_steps}")
         _require(0 <= self.ema_decay < 1, f"ema_decay must lie in [0, 1), got {self.ema_decay}")
         _require_choice("precision", self.precision, Precision)
+        _require_choice("compile", self.compile, CompileMode)
+        _require(self.compile == "none" or self.objective == "elbo", f"compile = {self.compile} needs objective = elbo")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

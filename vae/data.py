@@ -13,14 +13,16 @@ from typing import Any
 import numpy as np
 
 from vae.config import DataConfig, InputError, LikelihoodName
-from vae.readers import HOW_TO_GET_DIGITS, IDX_SOURCES, find_digits, find_idx, open_idx, read_source
+from vae.readers import HOW_TO_GET_DIGITS, IDX_SOURCES, Source, find_digits, find_idx, open_idx, read_source
 
 _CHANNELS = ((), (1,), (3,), (4,))
 _IMAGE_ARRAYS = "(rows, height, width) or (rows, height, width, channels)"
 _BLOCK_ROWS = 4096  # rows worked on at once where a temporary is needed: bounds memory, changes no result
-_MAX_COUNT = 2**24
+MAX_COUNT = 2**24
 _OVERDISPERSED = 2.0  # variance over mean beyond which counts speak against a Poisson distribution
-_SPLIT_STREAM, _TRAIN_STREAM, _VALIDATION_STREAM, _TEST_STREAM = range(4)
+_SPLIT_STREAM, _TRAIN_STREAM, VALIDATION_STREAM, _TEST_STREAM = range(4)
+_DIGITS = 6  # behind the unit of a column's spread: what float32 holds of a row
+_MAX_DECIMALS = 15
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -47,6 +49,15 @@ class Units:
         """(N, X) rows, or means of them, -> float64 in the data's own units."""
         own = np.array(rows, dtype=np.float64)
         return own if self.shift is None or self.factor is None else own * self.factor + self.shift
+
+    def rounded(self, own: np.ndarray) -> np.ndarray:
+        """(N, X) float64 in the data's own units -> the same to the digits that float32 rows have, for tables."""
+        rounded = own.copy()
+        for i, spread in enumerate(np.ones(own.shape[1]) if self.factor is None else self.factor):
+            decimals = _DIGITS - math.floor(math.log10(spread)) if spread > 0 else _MAX_DECIMALS
+            if decimals <= _MAX_DECIMALS:
+                rounded[:, i] = rounded[:, i].round(decimals)
+        return rounded
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,13 +125,13 @@ def load_data(config: DataConfig) -> Dataset:
     arrays = [_real(label, array) for array in (source.train, source.test) if array is not None]
     image_shape = _image_shape(label, arrays, config.image_shape)
     tables = [array.reshape(len(array), math.prod(array.shape[1:])) for array in arrays]
-    picks = _split(label, [len(table) for table in tables], config)
+    picks = split_rows(label, [len(table) for table in tables], config)
 
     low, high = min(table.min() for table in tables), max(table.max() for table in tables)
     divided = config.scale == "auto" and config.support != "counts" and tables[0].dtype == np.uint8 and high > 1
     divided = divided and (config.support == "unit" or image_shape is not None)
     for name, table in zip((label, f"{label} (test split)"), tables, strict=False):
-        _check_finite(name, table, columns)
+        check_finite(name, table, columns)
         if config.support == "counts":
             _check_counts(name, table, columns)
         elif config.support == "unit" and config.scale != "minmax" and not divided:
@@ -155,6 +166,16 @@ def load_data(config: DataConfig) -> Dataset:
         )
     fingerprint = _fingerprint(arrays)
     return Dataset(config, train, validation, test, fingerprint, image_shape, columns, shift, factor)
+
+
+def fingerprint_of(source: Source) -> str:
+    """As a `Dataset` has it of what was read."""
+    return _fingerprint([_real(source.label, array) for array in (source.train, source.test) if array is not None])
+
+
+def feature_names(columns: tuple[str, ...] | None, input_dim: int) -> tuple[str, ...]:
+    """Of a table's columns; x0, x1, ... where they have none."""
+    return columns or tuple(f"x{i}" for i in range(input_dim))
 
 
 def fitting_likelihoods(data: Dataset) -> tuple[LikelihoodName, ...]:
@@ -252,7 +273,7 @@ def _image_shape(label: str, arrays: list[np.ndarray], wanted: tuple[int, ...] |
     return image[:2] if image[2:] == (1,) else image
 
 
-def _split(label: str, sizes: list[int], config: DataConfig) -> list[Any]:
+def split_rows(label: str, sizes: list[int], config: DataConfig) -> list[Any]:
     """Rows of the array(s) read -> indices of training, validation, test; a second array is all test."""
     total, has_test = sizes[0], len(sizes) == 2
     num_test = 0 if has_test else max(1, round(config.test_fraction * total))
@@ -267,12 +288,13 @@ def _split(label: str, sizes: list[int], config: DataConfig) -> list[Any]:
     return [train, validation, slice(None) if has_test else test]
 
 
-def _check_finite(label: str, table: np.ndarray, columns: tuple[str, ...] | None) -> None:
+def check_finite(label: str, table: np.ndarray, columns: tuple[str, ...] | None) -> None:
+    """table (N, X), N >= 1. InputError where a value is not finite."""
     # The extremes tell without a temporary: NaN propagates through both.
     if table.dtype.kind != "f" or np.isfinite([table.min(), table.max()]).all():
         return
     bad = ~np.isfinite(table)
-    place, value = _first(label, table, bad, columns)
+    place, value = first_bad(label, table, bad, columns)
     count = "1 value is" if bad.sum() == 1 else f"{bad.sum()} values are"
     shown = "NaN" if np.isnan(value) else str(value)
     raise InputError(f"{place} is {shown} ({count} not finite); drop or fill those rows")
@@ -281,7 +303,7 @@ def _check_finite(label: str, table: np.ndarray, columns: tuple[str, ...] | None
 def _check_range(label: str, table: np.ndarray, columns: tuple[str, ...] | None) -> None:
     if table.min() >= 0 and table.max() <= 1:
         return
-    place, value = _first(label, table, (table < 0) | (table > 1), columns)
+    place, value = first_bad(label, table, (table < 0) | (table > 1), columns)
     remedy = "auto" if table.dtype == np.uint8 else "minmax"
     other = "poisson" if _is_whole(table) else "gaussian"
     raise InputError(
@@ -292,13 +314,13 @@ def _check_range(label: str, table: np.ndarray, columns: tuple[str, ...] | None)
 
 def _check_counts(label: str, table: np.ndarray, columns: tuple[str, ...] | None) -> None:
     if not _is_whole(table):
-        place, value = _first(label, table, (table < 0) | (table != np.floor(table)), columns)
+        place, value = first_bad(label, table, (table < 0) | (table != np.floor(table)), columns)
         other = "continuous_bernoulli" if table.min() >= 0 and table.max() <= 1 else "gaussian"
         raise InputError(f'{place} is {value}, and counts are whole numbers from 0; set model.likelihood = "{other}"')
-    if table.max() > _MAX_COUNT:
-        place, value = _first(label, table, table > _MAX_COUNT, columns)
+    if table.max() > MAX_COUNT:
+        place, value = first_bad(label, table, table > MAX_COUNT, columns)
         raise InputError(
-            f"{place} is {value}, beyond the {_MAX_COUNT} to which float32 counts exactly; "
+            f"{place} is {value}, beyond the {MAX_COUNT} to which float32 counts exactly; "
             'count in thousands, or set model.likelihood = "gaussian"'
         )
 
@@ -314,15 +336,18 @@ def _is_whole(table: np.ndarray) -> bool:
 def _check_float32(label: str, rows: np.ndarray, columns: tuple[str, ...] | None) -> None:
     if np.isfinite([rows.min(), rows.max()]).all():
         return
-    place, _ = _first(label, rows, ~np.isfinite(rows), columns)
+    place, _ = first_bad(label, rows, ~np.isfinite(rows), columns)
     raise InputError(f'{place} is beyond float32; drop such rows, or set data.scale = "minmax"')
 
 
-def _first(label: str, table: np.ndarray, bad: np.ndarray, columns: tuple[str, ...] | None) -> tuple[str, Any]:
-    """Where the first bad value stands, in words, and the value."""
+def first_bad(label: str, table: np.ndarray, bad: np.ndarray, columns: tuple[str, ...] | None) -> tuple[str, Any]:
+    """table, bad (N, X) -> where the first bad value stands, in words, and the value. N = 1: no row is told."""
     row, column = divmod(int(bad.argmax()), table.shape[1])
     name = "" if columns is None else f" ({columns[column]!r})"
-    return f"{label}: row {row}, column {column}{name}, both counted from 0,", table[row, column]
+    place = f"column {column}{name}, counted from 0,"
+    if len(table) > 1:
+        place = f"row {row}, column {column}{name}, both counted from 0,"
+    return f"{label}: {place}", table[row, column]
 
 
 # ---- judging
@@ -405,7 +430,7 @@ def _binarize(grey: list[np.ndarray], config: DataConfig) -> list[np.ndarray]:
     train, validation, test = grey
     return [
         train if config.binarize == "dynamic" else _bernoulli(train, _generator(config, _TRAIN_STREAM)),
-        _bernoulli(validation, _generator(config, _VALIDATION_STREAM)),
+        _bernoulli(validation, _generator(config, VALIDATION_STREAM)),
         _bernoulli(test, _generator(config, _TEST_STREAM)),
     ]
 

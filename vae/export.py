@@ -1,22 +1,28 @@
-"""A trained model as a folder: weights in safetensors, config.json, pictures, tables, a card. Nothing is pickled."""
+"""A trained model as a folder: weights in safetensors, config.json, pictures, tables, a card; programs if asked for.
+
+A folder may come from anybody. What is read of it, config.json and the weights, is no pickle, runs nothing, and is
+refused before anything is made that is larger than the files are.
+"""
 
 import csv
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from vae.config import SUPPORTS, InputError, ModelConfig
-from vae.data import Dataset, Units
-from vae.images import save_grid, save_reconstructions, shades
+from vae import portable
+from vae.card import card
+from vae.config import InputError, ModelConfig
+from vae.data import Dataset, Units, feature_names
+from vae.images import num_that_fit, save_grid, save_reconstructions, shades
 from vae.model import VAE
 
 FORMAT = 2  # of config.json; raise it when an older load() could not read what save() writes
@@ -27,210 +33,251 @@ _NUM_SAMPLES = 64
 _NUM_RECONSTRUCTIONS = 32
 _SAMPLE_SEED = 0
 
-_CARD = """\
-# Variational autoencoder: {{ activation }}, latent size {{ model.latent_dim }}
+_PER_FEATURE: Mapping[str, type | tuple[type, ...]] = {
+    "shift": (int, float),
+    "factor": (int, float),
+    "columns": str,
+    "image_shape": int,
+}  # of config.json
 
-A variational autoencoder over {{ model.input_dim }} features: {{ body }}.
-Activation {{ activation }}, normalisation {{ model.normalization }}, a Gaussian posterior of
-{{ model.latent_dim }} dimensions and a {{ model.likelihood }} likelihood,
-{{ outputs }}; {{ num_parameters }} parameters.
-{%- if study is not none %} It is trial {{ trial }} of the study `{{ study }}`.{% endif %}
-{%- if mixtures %}
-
-What the activations have learned to be, as weights that sum to 1:
-
-| layer | weights |
-|---|---|
-{% for layer, weights in mixtures.items() -%}
-| {{ layer }} | {{ weights }} |
-{% endfor %}
-{%- endif %}
-
-## Data
-
-- source: `{{ data.source }}`
-- values: {{ values }}
-- scale: {{ data.scale }}
-- binarisation: {{ data.binarize }}
-- fingerprint: `{{ fingerprint }}`
-
-## Parameters
-
-| parameter | value |
-|---|---|
-{% for name, value in params.items() -%}
-| {{ name }} | {{ value | short }} |
-{% endfor %}
-## Results
-
-Losses are nats per example
-{%- if density %}; of a density, whose logarithm may be positive, so that they may be negative{% endif %}.
-
-| metric | value |
-|---|---|
-{% for name, value in metrics.items() if name != "no_latent_nelbo" -%}
-| {{ name }} | {{ value | short }} |
-{% endfor -%}
-| no-latent baseline (validation) | {{ baseline | short }} |
-{% if objective == "elbo" %}
-The baseline is the same likelihood without a latent: a model no better than it has learned nothing about how
-the features hang together.
-{%- else %}
-The model was trained adversarially, for reconstructions and samples that a discriminator takes for data. Its bounds
-are not what was trained for: they may lie above the baseline of the same likelihood without a latent, and rank with
-no other model's. It was chosen by the squared error of reconstructions.
-{%- endif %}
-
-![Samples from the prior](samples.png)
-
-![Validation examples, and their reconstructions below them](reconstructions.png)
-{%- if tables %}
-
-In the data's own units, `samples.csv` has draws from the model at the same latents as the picture, which shows
-their means, and `reconstructions.csv` the examples of the picture, each with the mean of its reconstruction.
-{%- endif %}
-
-## Use
-
-```python
-import numpy as np
-import torch
-import vae
-from vae.export import read_units
-
-model = vae.load("{{ folder }}")
-units = read_units("{{ folder }}")
-own = np.zeros((1, {{ model.input_dim }}))  # rows as they stand in the source; put yours here
-x = torch.from_numpy(units.scale(own))  # {{ scaled }}
-{%- if data.binarize == "threshold" %}
-x = (x > 0.5).float()  # as the model was trained
-{%- elif data.binarize != "none" %}
-x = torch.bernoulli(x)  # as the model was trained
-{%- endif %}
-mu, logvar = model.encode(x)
-{%- if data.binarize == "threshold" %}
-means = model.reconstruct(x)  # the probability that a value is above half of its range
-samples = model.sample(16)
-{%- else %}
-means = units.restore(model.reconstruct(x).numpy())  # in the units of the source again
-samples = units.restore(model.sample(16).numpy())  # means; with mean=False draws
-{%- endif %}
-```
-{%- if data.support == "counts" %}
-
-A row's size factor is its total over {{ mean_total | short }}, the mean total of the rows trained on: the mean of a
-reconstruction has the size of its row, and samples have size factor 1.
-{%- endif %}
-
-## Versions
-
-{% for name, value in versions.items() -%}
-- {{ name }} {{ value }}
-{% endfor %}
-## Licence
-
-None is given here; whoever publishes the model chooses one, and the data may have a say in it.
-"""
-
-_OUTPUTS = {
-    "bernoulli": "whose outputs are logits",
-    "continuous_bernoulli": "whose outputs are logits",
-    "poisson": "whose outputs are log rates at size factor 1",
-    "negative_binomial": "whose outputs are log means at size factor 1",
-}
-_VALUES = {"unit": "in [0, 1]", "real": "real numbers", "counts": "counts, never scaled"}
-_DENSITIES = ("continuous_bernoulli", "gaussian")
-_DIGITS = 6  # behind the unit of a column's spread, of numbers in tables
-_MAX_DECIMALS = 15
+_SMALL = 4096  # what is no larger costs nothing to build, whoever claims it
+_MAX_HEADER_BYTES = 2**24  # of the weights; what a model has is far below
+_MAX_CONFIG_BYTES = 2**27  # shift and factor of two million features
+_MAX_LAYERS = 256
 
 
-def save(model: VAE, path: Path, *, config: dict[str, Any], data: Dataset) -> None:
-    """Write the folder `path`. `config`: data, params, metrics, versions, study and trial, fit for JSON."""
+def save(
+    model: VAE, path: Path, *, config: dict[str, Any], data: Dataset, programs: bool = False, onnx: bool = False
+) -> None:
+    """Write the folder `path`. `config`: data, params, metrics, versions, study and trial, fit for JSON.
+
+    programs: also encoder and decoder as torch.export has them, and with `onnx` as ONNX; see `vae.portable`.
+    config.json and the card tell which there are, how near to the model they are, and which were refused.
+    """
     path.mkdir(parents=True, exist_ok=True)
+    for name in portable.FILES:  # those of an earlier export are of other weights
+        (path / name).unlink(missing_ok=True)
+    if programs:
+        config = {**config, **asdict(portable.write(model, path, data.validation, onnx=onnx))}
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, path / WEIGHTS)
+    try:
+        save_file(weights, path / WEIGHTS)
+    except SafetensorError as error:  # of a full disk, too
+        raise OSError(f"{path / WEIGHTS} cannot be written: {error}") from error
     text = json.dumps({"format": FORMAT, "model": asdict(model.config), **config}, indent=2, allow_nan=False)
     (path / CONFIG).write_text(text + "\n", encoding="utf-8")
 
     counts = data.config.support == "counts"
-    means, draws = (_samples(model, mean) for mean in (True, False))
-    originals = data.validation[:_NUM_RECONSTRUCTIONS]
+    most = num_that_fit(data.input_dim, data.image_shape)
+    means, draws = (_samples(model, min(_NUM_SAMPLES, most), mean) for mean in (True, False))
+    most = num_that_fit(data.input_dim, data.image_shape, tiles=2)
+    originals = data.validation[: min(_NUM_RECONSTRUCTIONS, most)]
     reconstructions = model.reconstruct(torch.from_dlpack(originals).to(model.device)).cpu().numpy()
     shown = [shades(rows, data.train, data.image_shape, counts) for rows in (means, originals, reconstructions)]
-    save_grid(shown[0], data.image_shape, path / "samples.png")
-    save_reconstructions(shown[1], shown[2], data.image_shape, path / "reconstructions.png")
+    save_grid(shown[0], data.image_shape, path / "samples.png", max_pixels=None)
+    save_reconstructions(shown[1], shown[2], data.image_shape, path / "reconstructions.png", max_pixels=None)
     if data.image_shape is None:
         _save_samples(draws, data, path / "samples.csv")
         _save_reconstructions(originals, reconstructions, data, path / "reconstructions.csv")
-    (path / "README.md").write_text(_card(model, path, config, data), encoding="utf-8")
+    (path / "README.md").write_text(card(model, path.name, config, data), encoding="utf-8")
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> VAE:
+def load(path: str | Path, device: str | torch.device = "cpu", config: Mapping[str, Any] | None = None) -> VAE:
     """The model `save` wrote, in evaluation mode. InputError: the folder is none, or damaged.
 
     It takes and gives rows as it was trained on; `read_units` of the same folder goes between them and the data's
-    own units.
+    own units. config: what `read_config` gave, for who has read it already.
     """
-    path = Path(path)
-    config = read_config(path)
+    folder = Path(path)
+    config = read_config(folder) if config is None else config
+    device = _device(device)
+    file = _inside(folder, WEIGHTS)
+    if file is None:
+        raise InputError(f"{folder / WEIGHTS} is missing: export the model again")
     try:
-        weights = load_file(path / WEIGHTS, device=str(device))
-    except FileNotFoundError as error:
-        raise InputError(f"{path / WEIGHTS} is missing: export the model again") from error
-    except SafetensorError as error:
-        raise InputError(f"{path / WEIGHTS} is damaged ({error}): export the model again") from error
-    try:
-        # The first weights are overwritten at once; the caller's generator is none of their business.
-        with torch.random.fork_rng(devices=[]):
-            model = VAE(ModelConfig(**config["model"]))
-        model.load_state_dict(weights)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: {CONFIG} and {WEIGHTS} do not belong together: {error}") from error
+        _check_header(file)
+        with safe_open(file, framework="pt") as stored:  # on the CPU: what fails on a device is not the file's fault
+            names = list(stored.keys())
+            try:
+                model = _make(config["model"], {name: tuple(stored.get_slice(name).get_shape()) for name in names})
+                _fill(model, {name: stored.get_tensor(name) for name in names})
+            except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+                raise InputError(f"{folder}: {CONFIG} and {WEIGHTS} do not belong together: {error}") from error
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{folder / WEIGHTS} is damaged ({error}): export the model again") from error
     return model.to(device).eval()
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """config.json of an exported model: format, model, data, params, metrics, versions, study, trial."""
-    file = Path(path) / CONFIG
+    """config.json of an exported model: `format`, `model`, and whatever `save` was given as its config.
+
+    With programs also `files` and `refused`. InputError: there is none, or it is damaged, or names a file outside the
+    folder.
+    """
+    folder = Path(path)
+    file = _inside(folder, CONFIG)
+    if file is None:
+        raise InputError(f"{path} is no exported model: {CONFIG} is missing")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError(f"{path} is no exported model: {CONFIG} is missing") from error
-    except ValueError as error:
-        raise InputError(f"{file} is no JSON: {error}") from error
+        if file.stat().st_size > _MAX_CONFIG_BYTES:
+            raise InputError(f"{folder / CONFIG} has more than {_MAX_CONFIG_BYTES:,} bytes: no model's has")
+        config = json.loads(file.read_bytes())
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{folder / CONFIG} cannot be read: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{folder / CONFIG} is no JSON: {error}") from error
     found = config.get("format") if isinstance(config, dict) else None
     if found != FORMAT:
-        raise InputError(f"{file} has format {found!r} and this version reads {FORMAT}: export the model again")
+        raise InputError(
+            f"{folder / CONFIG} has format {found!r} and this version reads {FORMAT}: export the model again"
+        )
     if not isinstance(config.get("model"), dict):
-        raise InputError(f"{file} does not say what the model is: export it again")
+        raise InputError(f"{folder / CONFIG} does not say what the model is: export it again")
+    _check_config(folder / CONFIG, config)
     return config
 
 
 def read_units(path: str | Path) -> Units:
     """Between the data's own units and the rows of the model exported to `path`. InputError as for `read_config`."""
-    data = read_config(path).get("data") or {}
+    return units_of(read_config(path))
+
+
+def units_of(config: Mapping[str, Any]) -> Units:
+    """Those that config.json, as `read_config` returns it, tells of."""
+    data = config.get("data") or {}
     shift, factor = (
         None if data.get(name) is None else np.array(data[name], np.float64) for name in ("shift", "factor")
     )
     return Units(shift, factor, clip=(data.get("config") or {}).get("scale") == "minmax")
 
 
-def _samples(model: VAE, mean: bool) -> np.ndarray:
+# ---- what is refused
+
+
+def _inside(folder: Path, name: str) -> Path | None:
+    """The file, None where there is none. InputError: it is a link that leads out of the folder."""
+    file = folder / name
+    try:
+        home, target = folder.resolve(), file.resolve()
+        # The cache of huggingface_hub: snapshots/<revision>/[<folder>/]<name> -> blobs/<hash>.
+        is_cached = any(
+            parent.name == "snapshots" and target.parent == parent.parent / "blobs" for parent in home.parents
+        )
+        if not (target.parent == home or is_cached):
+            raise InputError(f"{file} is a link to {target}, outside of the folder: put the file itself there")
+        return target if target.is_file() else None
+    except (OSError, RuntimeError) as error:  # the latter of links in a circle
+        raise InputError(f"{file} cannot be read: {error}") from error
+
+
+def _check_config(file: Path, config: dict[str, Any]) -> None:
+    """What else is used of config.json. InputError where it is not what `save` writes."""
+    data = config.get("data") or {}
+    settings = data.get("config") or {} if isinstance(data, dict) else None
+    if not isinstance(settings, dict):
+        raise InputError(f"{file} is damaged: data is not what it should be: export the model again")
+    features = config["model"].get("input_dim")
+    for name, kind in _PER_FEATURE.items():
+        value = data.get(name)
+        if value is None:
+            continue
+        fits = isinstance(value, list) and all(isinstance(each, kind) for each in value)
+        if fits and name == "image_shape":
+            fits = _is_image(value, features)
+        elif fits:
+            fits = len(value) == features
+        if fits and name in ("shift", "factor"):
+            fits = all(abs(each) <= sys.float_info.max for each in value)  # not so of NaN
+        if not fits:
+            raise InputError(f"{file} is damaged: data.{name} does not fit input_dim: export the model again")
+    if (data.get("shift") is None) != (data.get("factor") is None):
+        raise InputError(f"{file} is damaged: data.shift and data.factor go together: export the model again")
+    for key in ("files", "refused"):
+        names = config.get(key) or {}
+        if not isinstance(names, dict) or any(name in ("", ".", "..") or set(name) & set("/\\\0") for name in names):
+            raise InputError(f"{file} is damaged: {key} must name files of the folder: export the model again")
+
+
+def _is_image(shape: Sequence[int], features: Any) -> bool:
+    return len(shape) in (2, 3) and min(shape) > 0 and math.prod(shape) == features
+
+
+def _check_header(file: Path) -> None:
+    """SafetensorError where it claims to be larger than any model's is, before anything is made to hold it."""
+    with file.open("rb") as stream:
+        claimed = int.from_bytes(stream.read(8), "little")
+    if claimed > _MAX_HEADER_BYTES:
+        raise SafetensorError(f"a header of {claimed:,} bytes is claimed")
+
+
+def _make(settings: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> VAE:
+    """The model of config.json, whose weights have these shapes, with others in it. ValueError where they don't fit.
+
+    Sizes are held against the weights first: those lie in the file, and what is claimed beside them may be anything.
+    """
+    most = max((_SMALL, *(size for shape in shapes.values() for size in shape)))
+    for name, value in settings.items():
+        sizes = value if isinstance(value, list) else [value]
+        # The size of images is none of a convolution's weights; nothing as large as that is built without them.
+        is_free = name in ("input_dim", "image_shape")
+        if len(sizes) > _MAX_LAYERS:
+            raise ValueError(f"{name} has more than {_MAX_LAYERS} values")
+        if len(sizes) > len(shapes) or any(isinstance(size, int) and size > most and not is_free for size in sizes):
+            raise ValueError(f"{name} is larger than any of the weights")
+    config = ModelConfig(**settings)
+    if config.image_shape is not None and not _is_image(config.image_shape, config.input_dim):
+        raise ValueError(f"image_shape {list(config.image_shape)} does not make {config.input_dim} features")
+    with torch.device("meta"):
+        wanted = {name: tuple(value.shape) for name, value in VAE(config).state_dict().items()}
+    for name in sorted({*wanted, *shapes}):
+        if wanted.get(name) != shapes.get(name):
+            raise ValueError(f"{name} is {shapes.get(name, 'missing')}, and {wanted.get(name, 'nothing')} is wanted")
+    # The first weights are overwritten at once; the caller's generator is none of their business.
+    with torch.random.fork_rng(devices=[]):
+        return VAE(config)
+
+
+def _fill(model: VAE, weights: Mapping[str, torch.Tensor]) -> None:
+    """With weights of the right shapes. ValueError for some of another type, or that are not finite."""
+    for name, value in model.state_dict().items():
+        found = weights[name]
+        if found.dtype != value.dtype:
+            raise ValueError(f"{name} is of {found.dtype}, and {value.dtype} is wanted")
+        if not found.isfinite().all():
+            raise ValueError(f"{name} is not finite")
+    model.load_state_dict(weights)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise InputError(f"no device {device!r} here: {str(error).splitlines()[0]}") from error
+    return found
+
+
+# ---- samples
+
+
+def _samples(model: VAE, num_rows: int, mean: bool) -> np.ndarray:
     """The same latents for means and for draws: they are drawn first."""
     generator = torch.Generator(model.device).manual_seed(_SAMPLE_SEED)
-    return model.sample(_NUM_SAMPLES, generator, mean).cpu().numpy()
+    return model.sample(num_rows, generator, mean).cpu().numpy()
 
 
 # ---- tables
 
 
 def _save_samples(draws: np.ndarray, data: Dataset, file: Path) -> None:
-    _write_csv(file, _columns(data), _own(draws, data))
+    _write_csv(file, feature_names(data.columns, data.input_dim), _own(draws, data))
 
 
 def _save_reconstructions(originals: np.ndarray, reconstructions: np.ndarray, data: Dataset, file: Path) -> None:
     """Two lines an example: what was read, and the mean of what the model makes of it."""
-    names = _columns(data)
+    names = feature_names(data.columns, data.input_dim)
     marks = []
     for mark in ("example", "kind"):
         while mark in names:
@@ -242,98 +289,16 @@ def _save_reconstructions(originals: np.ndarray, reconstructions: np.ndarray, da
     _write_csv(file, (*marks, *names), lines)
 
 
-def _columns(data: Dataset) -> tuple[str, ...]:
-    return data.columns or tuple(f"x{i}" for i in range(data.input_dim))
-
-
 def _own(rows: np.ndarray, data: Dataset) -> list[list[float | int]]:
     """(N, X) -> in the data's own units, to the digits that float32 rows have; whole numbers without a point."""
     # What was cut at a threshold is a class, not a place on a scale.
     own = rows.astype(np.float64) if data.config.binarize == "threshold" else data.restore(rows)
-    factors = np.ones(data.input_dim) if data.factor is None else data.factor
-    decimals = [_DIGITS - math.floor(math.log10(factor)) if factor > 0 else _MAX_DECIMALS for factor in factors]
-    for i, places in enumerate(decimals):
-        if places <= _MAX_DECIMALS:
-            own[:, i] = own[:, i].round(places)
     return [
-        [int(value) if value.is_integer() and abs(value) < 2**53 else value for value in row] for row in own.tolist()
+        [int(value) if value.is_integer() and abs(value) < 2**53 else value for value in row]
+        for row in data.units.rounded(own).tolist()
     ]
 
 
 def _write_csv(file: Path, names: Sequence[str], lines: Sequence[Sequence[Any]]) -> None:
     with file.open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream, lineterminator="\n").writerows([names, *lines])
-
-
-# ---- the card
-
-
-def _card(model: VAE, path: Path, config: dict[str, Any], data: Dataset) -> str:
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    environment.filters["short"] = lambda value: f"{value:.6g}" if isinstance(value, float) else value
-    metrics = config.get("metrics") or {}
-    baseline = metrics.get("no_latent_nelbo")
-    if baseline is None:
-        baseline = model.likelihood.no_latent_nelbo(data.train, data.validation)
-    is_counts = SUPPORTS[model.config.likelihood] == "counts"
-    return environment.from_string(_CARD).render(
-        model=model.config,
-        activation=" and ".join(f"`{name}`" for name in dict.fromkeys(model.config.activations)),
-        body=_body(model.config),
-        outputs=_outputs(model.config),
-        mixtures=_mixtures(model),
-        density=model.config.likelihood in _DENSITIES,
-        mean_total=float(model.likelihood.get_buffer("mean_total")) if is_counts else None,
-        data=data.config,
-        values=_VALUES[data.config.support],
-        scaled=_scaled(data),
-        tables=data.image_shape is None,
-        num_parameters=f"{model.num_parameters:,}",
-        fingerprint=data.fingerprint,
-        baseline=baseline,
-        folder=path.name,
-        objective=(config.get("train") or {}).get("objective", "elbo"),
-        metrics=metrics,
-        **{name: config.get(name) or {} for name in ("params", "versions")},
-        **{name: config.get(name) for name in ("study", "trial")},
-    )
-
-
-def _body(model: ModelConfig) -> str:
-    """What stands between rows and latents, in words."""
-    widths = ", ".join(map(str, model.hidden_dims))
-    dense = f"hidden layers of {widths} units" if widths else "no hidden layers"
-    if model.body == "mlp":
-        return f"a perceptron on each side with {dense}"
-    strides = model.strides or (2,) * len(model.channels)
-    convolutions = ", ".join(f"{n} (stride {stride})" for n, stride in zip(model.channels, strides, strict=True))
-    attention = "" if model.attention == "none" else f", {model.attention.replace('_', '-')}"
-    return f"convolutions of {convolutions} channels{attention}, then {dense}, and the mirror of all that"
-
-
-def _outputs(model: ModelConfig) -> str:
-    """What the decoder's outputs are, in words."""
-    if model.likelihood == "gaussian":
-        return (
-            f"whose outputs are means, with {'one sigma' if model.gaussian_scale == 'shared' else 'a sigma a feature'}"
-        )
-    return _OUTPUTS[model.likelihood]
-
-
-def _scaled(data: Dataset) -> str:
-    """What `Units.scale` does, in words."""
-    if data.shift is None:
-        return "as they are"
-    if data.config.scale == "minmax":
-        return "(row - shift) / factor, into [0, 1]"
-    return "(row - shift) / factor"
-
-
-def _mixtures(model: VAE) -> dict[str, str]:
-    """Layer -> the weights its activation has learned for the functions it mixes."""
-    found = {}
-    for net, index, block in model.blocks():
-        weights = getattr(block.activation, "weights", None)
-        if isinstance(weights, Mapping):
-            found[f"{net} {index}"] = ", ".join(f"{name} {weight:.3f}" for name, weight in weights.items())
-    return found

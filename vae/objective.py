@@ -21,7 +21,7 @@ from vae.model import VAE, evaluating
 ACTIVE_VARIANCE = 0.01  # Var_x(E[z|x]) beyond which a latent dimension is in use. Burda et al. 2015
 _NOISE_STREAM = 1  # apart from what else is drawn with the same seed: the split, the binarisation
 _IMPORTANCE_STREAM = 3
-_CHUNK_ROWS = 1024
+CHUNK_ROWS = 1024  # at once through a model whose gradient nobody asks for: bounds memory
 _CHUNK_SAMPLES = 1024  # of one row, weighed at once though decoded in parts: spares small operations
 # Values of the decoder's widest layer at once. On a CPU they stay in the second-level cache from the matrix product
 # to log p(x|z); a GPU wants large kernels.
@@ -138,7 +138,7 @@ def fixed_noise(rows: int, latent_dim: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: VAE, x: Tensor, noise: Tensor, chunk: int = _CHUNK_ROWS) -> Evaluation:
+def evaluate(model: VAE, x: Tensor, noise: Tensor, chunk: int = CHUNK_ROWS) -> Evaluation:
     """x (N, X), noise (N, Z) -> means over the N rows, `chunk` rows at a time; draws nothing at random."""
     sums = x.new_zeros(2, dtype=torch.float64)  # recon, kl
     moments = x.new_zeros((2, noise.shape[-1]), dtype=torch.float64)  # of E[z|x]: sum, sum of squares
@@ -180,7 +180,7 @@ def importance_weighted(
     num_rows = max(1, chunk // num_samples)
     weighed = []
     with evaluating(model):
-        encoded = [model.encode(rows) for rows in x.split(_CHUNK_ROWS)]
+        encoded = [model.encode(rows) for rows in x.split(CHUNK_ROWS)]
         mu, logvar = (torch.cat(each) for each in zip(*encoded, strict=True))
         for start in range(0, len(x), num_rows):
             rows = slice(start, min(start + num_rows, len(x)))

@@ -1,6 +1,8 @@
 """The training loop: an epoch at a time, resumable to the bit, every step checked for finiteness.
 
 A step whose loss or gradient is not finite changes nothing; too many in a row, and the training has diverged.
+On a CPU that is looked up in each step. A GPU decides it by itself, and is asked for the figures of many steps
+at once, which are then gone through as if they had been read one by one.
 
 All that is random here (first weights, order, binarisation, noise, dropout) comes from torch's default
 generator inside a fork of it, with a state of the trainer's own: two trainers in one process don't disturb
@@ -9,19 +11,26 @@ each other, nor whoever uses the generator outside.
 
 import copy
 import functools
-import inspect
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vae.config import GaussianScale, LikelihoodName, LrSchedule, ModelConfig, Precision, TrainConfig
+from vae.config import (
+    CompileMode,
+    GaussianScale,
+    InputError,
+    LikelihoodName,
+    ModelConfig,
+    Precision,
+    TrainConfig,
+)
 from vae.data import Dataset
 from vae.diagnostics import Diagnostics, diagnose, locate_non_finite
 from vae.draws import coins, limits
@@ -29,9 +38,10 @@ from vae.fused import PlainGradient, covers
 from vae.likelihoods import make_likelihood
 from vae.model import VAE
 from vae.objective import Evaluation, evaluate, fixed_noise, free_bits_kl, gaussian_kl, kl_weight
+from vae.optimizer import AdamW, average, ema_weight, lr_factor, parameter_groups
 
-LR_WARMUP_SHARE = 0.05  # of all steps, with lr_schedule = warmup_cosine
 PROBE_ROWS = 256  # of the validation split, at the most, for the diagnostics
+_STEPS_A_READ, _VALUES_KEPT = 32, 2**24  # at the most, on a GPU: one wait for so many steps, whose batches are kept
 
 _PRECISIONS: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _PROBE_STREAM = 2  # of binarising the training rows whose bound is taken for the gap
@@ -85,6 +95,27 @@ class Probed:
     precision_effect: float | None  # of bfloat16 on the validation nelbo, in nats; None where training is in float32
 
 
+class _Step(NamedTuple):
+    """A step whose figures are still where they were computed."""
+
+    figures: Tensor  # (4,): loss, recon and kl, means over the batch, and the norm of the gradient before clipping
+    x: Tensor  # (B, X)
+    noise: Tensor  # (B, Z)
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What is known of the epoch under way, sums over rows and lists over the steps that were taken."""
+
+    num_rows: int = 0
+    recon: float = 0.0
+    kl: float = 0.0
+    norms: list[float] = field(default_factory=list)
+    clipped_steps: int = 0
+    skipped_steps: int = 0
+    unread: list[_Step] = field(default_factory=list)
+
+
 class Trainer:
     """Trains one VAE on one data set; iterate for epochs, stop iterating to stop training."""
 
@@ -106,7 +137,13 @@ class Trainer:
         self.device = torch.device(device)
         self.epoch = 0  # epochs done
         self.steps = 0  # taken or skipped; may be read from another thread, to see whether it moves
+        self._steps_a_read = 1
+        if self.device.type != "cpu":
+            kept = _VALUES_KEPT // (train_config.batch_size * data.input_dim)
+            self._steps_a_read = max(1, min(_STEPS_A_READ, kept))
+        self._tally = _Tally()
         self._skipped_in_a_row = 0
+        self._skipped_there = torch.zeros((), device=self.device)  # the same, as the device knows it
         self._spoiled: tuple[str, Tensor, Tensor] | None = None  # the last step that was skipped: reason, x, noise
         self._val_nelbo: float | None = None  # of the last epoch
         resident = _resident(data, self.device)
@@ -123,7 +160,8 @@ class Trainer:
         self.no_latent_objective = self.no_latent_nelbo  # the objective of a model that ignores its latents
         self._by_hand = self._gradient_by_hand()
         self._parameters = list(self.model.parameters())
-        self.optimizer = _AdamW(
+        self._buffers = list(self.model.buffers()) if self._has_statistics else []  # that a step changes
+        self.optimizer = AdamW(
             parameter_groups(self.model, train_config.weight_decay), lr=train_config.learning_rate, fused=True
         )
 
@@ -134,23 +172,15 @@ class Trainer:
     def train_epoch(self) -> EpochMetrics:
         """One pass over the training split, then the validation value. Raises Diverged."""
         start = time.perf_counter()
-        num_rows, clipped_steps, skipped_steps = 0, 0, 0
-        recon, kl, norms = 0.0, 0.0, []
+        self._tally = tally = _Tally()
+        self._skipped_there.fill_(self._skipped_in_a_row)
         self.model.train()
         with self._own_rng():
             for rows in self._batches():
-                taken = self._train_step(self._rows.index_select(0, rows))
-                if taken is None:
-                    skipped_steps += 1
-                    continue
-                batch_recon, batch_kl, norm = taken
-                recon += batch_recon * len(rows)
-                kl += batch_kl * len(rows)
-                num_rows += len(rows)
-                norms.append(norm)
-                clipped_steps += norm > self.config.clip_grad_norm
+                self._train_step(self._rows.index_select(0, rows))
+            self._read()
         trained = time.perf_counter()
-        if not norms:
+        if not tally.norms:
             self._give_up()
         validation = self.evaluate()
         if not math.isfinite(validation.nelbo):
@@ -159,16 +189,16 @@ class Trainer:
         self._val_nelbo = validation.nelbo
         return EpochMetrics(
             epoch=self.epoch,
-            train_nelbo=(recon + kl) / num_rows,
-            train_recon=recon / num_rows,
-            train_kl=kl / num_rows,
+            train_nelbo=(tally.recon + tally.kl) / tally.num_rows,
+            train_recon=tally.recon / tally.num_rows,
+            train_kl=tally.kl / tally.num_rows,
             val_nelbo=validation.nelbo,
             val_recon=validation.recon,
             val_kl=validation.kl,
             active_units=validation.active_units,
-            grad_norm=math.fsum(norms) / len(norms),
-            clipped_steps=clipped_steps,
-            skipped_steps=skipped_steps,
+            grad_norm=math.fsum(tally.norms) / len(tally.norms),
+            clipped_steps=tally.clipped_steps,
+            skipped_steps=tally.skipped_steps,
             kl_weight=self._kl_weight(),
             wall_s=time.perf_counter() - start,
             samples_per_s=len(self._train) / (trained - start),
@@ -245,34 +275,85 @@ class Trainer:
             if len(rows) > 1 or not self._has_statistics:  # one row has none
                 yield rows
 
-    def _train_step(self, x: Tensor) -> tuple[float, float, float] | None:
-        """Some of self._rows -> means of recon and kl, norm of the gradient before clipping; None: not finite."""
+    def _train_step(self, x: Tensor) -> None:
+        """Some of self._rows. Raises Diverged, for this step or one that was not read yet."""
         if self._dynamic:
             x = coins(x)
         noise = torch.randn(len(x), self.model.config.latent_dim, device=self.device)
-        statistics = [value.clone() for value in self.model.buffers()] if self._has_statistics else []
+        statistics = [value.clone() for value in self._buffers]
         loss, recon, kl = self._backward(x, noise)
-        total = self._gradient_norm()
-        # One transfer a step, so that a GPU is waited for once.
-        values = torch.stack((loss, recon, kl, total)).tolist()
-        loss_value, recon_value, kl_value, norm = values
+        norm = self._gradient_norm()
         self.steps += 1
-        for name, value in (("loss", loss_value), ("gradient norm", norm)):
-            if not math.isfinite(value):
-                for kept, value_before in zip(self.model.buffers(), statistics, strict=False):
-                    kept.copy_(value_before)
-                self._skip(f"{name} is {value}", x, noise)
-                return None
-        self._skipped_in_a_row = 0
-        if norm > self.config.clip_grad_norm:
-            nn.utils.clip_grads_with_norm_(self._parameters, self.config.clip_grad_norm, total)
         factor = lr_factor(self.steps - 1, self.config.max_epochs * self._steps_per_epoch, self.config.lr_schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = factor * self.config.learning_rate
+        step = _Step(torch.stack((loss, recon, kl, norm)), x, noise)
+        if self._steps_a_read == 1:
+            values = step.figures.tolist()
+            self._move(values[0], values[3], norm, statistics)
+            self._count(step, self.steps, *values)
+            return
+        self._move_unseen(step.figures, statistics)
+        self._tally.unread.append(step)
+        if len(self._tally.unread) == self._steps_a_read:
+            self._read()
+
+    def _move(self, loss: float, norm: float, norm_there: Tensor, statistics: list[Tensor]) -> None:
+        """By the gradient, if that and the loss are finite; else the buffers go back to `statistics`."""
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            for kept, before in zip(self._buffers, statistics, strict=True):
+                kept.copy_(before)
+            return
+        if norm > self.config.clip_grad_norm:
+            nn.utils.clip_grads_with_norm_(self._parameters, self.config.clip_grad_norm, norm_there)
         self.optimizer.step()
         if self._averaged is not None:
-            average(self._averaged, self.model, ema_weight(self.steps, self.config.ema_decay))
-        return recon_value, kl_value, norm
+            average(self._averaged, self.model, 1 - ema_weight(self.steps, self.config.ema_decay))
+
+    def _move_unseen(self, figures: Tensor, statistics: list[Tensor]) -> None:
+        """As `_move`, without a look at the figures; and after one skipped step too many nothing moves any more."""
+        loss, _, _, norm = figures
+        has_diverged = self._skipped_there > self.config.max_skipped_steps
+        skipped = ((loss.isfinite() & norm.isfinite()).logical_not_() | has_diverged).float()  # 0 or 1
+        self._skipped_there.add_(1).mul_(skipped)
+        for kept, before in zip(self._buffers, statistics, strict=True):
+            kept.copy_(torch.where(skipped.bool(), before, kept))
+        limit = self.config.clip_grad_norm
+        nn.utils.clip_grads_with_norm_(self._parameters, limit, norm * (norm > limit))  # of 0: by a factor of 1
+        self.optimizer.step(skipped)
+        if self._averaged is not None:
+            average(self._averaged, self.model, (1 - skipped) * (1 - ema_weight(self.steps, self.config.ema_decay)))
+
+    def _read(self) -> None:
+        """Counts the steps that were not read yet, once they are done. Raises Diverged in one too many to be skipped.
+
+        Then `steps` are those up to that one: nothing has moved after it.
+        """
+        unread, self._tally.unread = self._tally.unread, []
+        if not unread:
+            return
+        figures = torch.stack([step.figures for step in unread]).tolist()  # the one transfer
+        first = self.steps - len(unread) + 1
+        for number, (step, values) in enumerate(zip(unread, figures, strict=True), first):
+            self._count(step, number, *values)
+
+    def _count(self, step: _Step, number: int, loss: float, recon: float, kl: float, norm: float) -> None:
+        tally, num_rows = self._tally, len(step.x)
+        for name, value in (("loss", loss), ("gradient norm", norm)):
+            if not math.isfinite(value):
+                tally.skipped_steps += 1
+                self._skipped_in_a_row += 1
+                self._spoiled = (f"{name} is {value}", step.x, step.noise)
+                if self._skipped_in_a_row > self.config.max_skipped_steps:
+                    self.steps = number
+                    self._give_up()
+                return
+        self._skipped_in_a_row = 0
+        tally.num_rows += num_rows
+        tally.recon += recon * num_rows
+        tally.kl += kl * num_rows
+        tally.norms.append(norm)
+        tally.clipped_steps += norm > self.config.clip_grad_norm
 
     def _where(self) -> str | None:
         """The layer that is not finite on the validation split; as many rows at a time as are diagnosed."""
@@ -290,30 +371,46 @@ class Trainer:
             return self._by_hand.backward(x, noise, self._kl_weight(), self.config.free_bits)
         for parameter in self._parameters:
             parameter.grad = None
+        # Another shape would be compiled for as long again: the last batch of an epoch is not worth that.
+        is_compiled = self.config.compile != "none" and len(x) == self.config.batch_size
+        terms = self._compiled_terms if is_compiled else self._terms
+        recon, kl, paid = terms(x, noise)
+        loss = recon + self._kl_weight() * paid
+        loss.backward()
+        return loss.detach(), recon.detach(), kl.detach()
+
+    def _terms(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, X), noise (B, Z) -> recon, kl and what is paid for kl, means over the batch."""
         with self._autocast():
             outputs, mu, logvar = self.model(x, noise)
         recon = -self.model.likelihood.log_prob(outputs, x).mean()
         kl = gaussian_kl(mu, logvar).mean()
         free_bits = self.config.free_bits
-        loss = recon + self._kl_weight() * (free_bits_kl(mu, logvar, free_bits) if free_bits else kl)
-        loss.backward()
-        return loss.detach(), recon.detach(), kl.detach()
+        return recon, kl, free_bits_kl(mu, logvar, free_bits) if free_bits else kl
+
+    @functools.cached_property
+    def _compiled_terms(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+        """`_terms`, by torch.compile. Raises InputError where nothing can be compiled."""
+        mode = self.config.compile
+        assert mode != "none"
+        require_compiler(mode, self.device.type)
+        torch.compiler.reset()  # forgets earlier trainers: torch compiles eight versions of a function and no more
+        options = torch._inductor.list_mode_options(mode) | {
+            "fallback_random": True,  # dropout as without compiling; on a CPU it is faster than the compiler's own
+            "compile_threads": torch.get_num_threads(),  # and not a process for each of the machine's cores
+        }
+        return torch.compile(self._terms, options=options, dynamic=False)
 
     def _gradient_by_hand(self) -> PlainGradient | None:
         """None: autograd's."""
+        if self.config.compile != "none" and self.device.type != "cpu":  # on a CPU it is faster than what is compiled
+            return None
         return PlainGradient(self.model, _PRECISIONS[self.config.precision]) if covers(self.model) else None
 
     def _gradient_norm(self) -> Tensor:
         if self._by_hand is not None:
             return torch.dot(self._by_hand.gradient, self._by_hand.gradient).sqrt()
         return nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-
-    def _skip(self, reason: str, x: Tensor, noise: Tensor) -> None:
-        """Leave a step out. Raises Diverged if it was one too many."""
-        self._skipped_in_a_row += 1
-        self._spoiled = (reason, x, noise)
-        if self._skipped_in_a_row > self.config.max_skipped_steps:
-            self._give_up()
 
     def _give_up(self) -> NoReturn:
         assert self._spoiled is not None
@@ -356,85 +453,20 @@ class Trainer:
                 self._rng["cuda"] = torch.cuda.get_rng_state(self.device)
 
 
-def lr_factor(step: int, total_steps: int, schedule: LrSchedule) -> float:
-    """What the learning rate is multiplied by in step `step` (from 0) of a training of `total_steps`."""
-    if schedule == "constant":
-        return 1.0
-    warmup = LR_WARMUP_SHARE * total_steps if schedule == "warmup_cosine" else 0.0
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / (total_steps - warmup))))
+def require_compiler(mode: CompileMode, device_type: str) -> None:
+    """Raises InputError where this machine cannot compile in such a mode."""
+    import torch._inductor.cpp_builder  # with all that compiles: 2 s
+    from torch._inductor.exc import InvalidCxxCompiler
+    from torch.utils._triton import has_triton
 
-
-def ema_weight(step: int, decay: float) -> float:
-    """The weight of what was averaged so far after `step` steps: `decay`, less while there is little to average."""
-    return min(decay, (1 + step) / (10 + step))
-
-
-@torch.no_grad()
-def average(averaged: nn.Module, model: nn.Module, weight: float) -> None:
-    """averaged <- weight * averaged + (1 - weight) * model; running statistics too, counters are copied."""
-    pairs = list(zip(averaged.state_dict().values(), model.state_dict().values(), strict=True))
-    floats = [(old, new) for old, new in pairs if old.is_floating_point()]
-    torch._foreach_lerp_([old for old, _ in floats], [new for _, new in floats], 1 - weight)
-    for old, new in pairs:
-        if not old.is_floating_point():
-            old.copy_(new)
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight matrices, which decay, and the rest: decay has no business with biases and learned slopes."""
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-
-
-class _AdamW(torch.optim.AdamW):
-    """torch's, its step alone without what surrounds it there: checks, lists and a profiler's hook.
-
-    And without the guards against torch.compile, for which torch (2.13) imports all of it at the first call: 1.6 s.
-    """
-
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]  # nobody has a closure
-        """Moves all parameters that have a gradient."""
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if not parameters:
-                continue
-            states = [self.state[p] or self._begin(p) for p in parameters]
-            steps = states[0]["step"].add_(1)
-            for state in states:
-                state["step"] = steps  # one for all, which move together: numbers of their own take as many kernels
-            torch._fused_adamw_(
-                parameters,
-                [p.grad for p in parameters],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [],
-                [steps] * len(parameters),
-                lr=group["lr"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                amsgrad=False,
-                maximize=False,
-            )
-
-    step.hooked = True  # type: ignore[attr-defined]  # or torch wraps it, for a profiler
-
-    def _begin(self, parameter: Tensor) -> dict[str, Tensor]:
-        state = self.state[parameter]
-        state["step"] = torch.zeros((), device=parameter.device)
-        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        return state
-
-    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
-    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
-    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
+    try:
+        torch._inductor.cpp_builder.get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise InputError(
+            f"train.compile = {mode} needs a C++ compiler: install g++, or name one in CXX; or set train.compile = none"
+        ) from None
+    if device_type == "cuda" and not has_triton():
+        raise InputError(f"train.compile = {mode} needs Triton for this GPU; or set train.compile = none")
 
 
 @functools.lru_cache(maxsize=1)  # one data set after the other; some likelihoods take seconds

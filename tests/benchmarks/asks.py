@@ -25,8 +25,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from optuna.trial import TrialState, create_trial
 
+from search.arm import CONSTRAINTS, Arm
 from search.ledger import Ledger
-from search.sampler import CONSTRAINTS, Arm, StudySearcher
+from search.sampler import StudySearcher
 from search.spec import Params, StudySpec
 from search.tpe import BoundedTPESampler, Past
 

@@ -3,12 +3,14 @@
     python tests/benchmarks/step.py                          # a minute and a half of one core
     python tests/benchmarks/step.py --rounds 2 --seconds 0.1 --networks 784-400-20 --batches 128
     python tests/benchmarks/step.py --to step.parquet        # every round's figures, too
+    python tests/benchmarks/step.py --compile default --normalization layer    # by autograd, plain and compiled
     python tests/benchmarks/step.py --quality 5 --epochs 5   # what bfloat16 does to the validation value on MNIST
 
 floor: the products of forward and backward in float32, by torch.mm into memory that is there already, and nothing
 else; the two heads as one, and no gradient of the data. ours: all that `vae.training.Trainer` does in a step, from
 gathering rows to AdamW. loop: what people write, a DataLoader that shuffles, a sigmoid with a cross-entropy, Adam's
 defaults, a loss that is read in each step; without binarisation, clipping or a look at whether anything is finite.
+With --compile also autograd and compiled: ours without a gradient by hand, and that by torch.compile.
 
 A round takes each in turn, in one process, so that what else the machine does is shared; the ratio to the floor is
 taken within a round, and its median and quartiles over the rounds.
@@ -20,7 +22,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -28,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from vae.config import DataConfig, ModelConfig, TrainConfig
+from vae.config import CompileMode, DataConfig, ModelConfig, TrainConfig
 from vae.data import Dataset, load_data
 from vae.training import Trainer
 
@@ -48,6 +50,8 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=NETWORKS)
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--activation", default="relu")
+    parser.add_argument("--normalization", default="none")
+    parser.add_argument("--compile", choices=get_args(CompileMode)[1:], help="a mode of torch.compile to time as well")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--to", help="a Parquet file for the figures of every round")
     parser.add_argument("--quality", type=int, metavar="SEEDS", help="train on MNIST in both precisions instead")
@@ -72,7 +76,9 @@ def speeds(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     print(f"torch {torch.__version__}, {options.threads} thread(s), {options.activation}, {options.rounds} rounds")
     print("network         batch  what               samples/s   of the floor (quartiles)   of the loop")
     for network, batch_size in itertools.product(options.networks, options.batches):
-        steps = make_steps(network, batch_size, options.activation, data)
+        steps = make_steps(model_of(network, options), batch_size, data, options.compile)
+        for step in steps.values():
+            step()  # a trainer that compiles makes those before it compile once more
         rounds = [
             {name: batch_size / time_of(step, options.seconds) for name, step in steps.items()}
             for _ in range(options.rounds + 1)
@@ -97,14 +103,24 @@ def speeds(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 }
 
 
-def make_steps(network: str, batch_size: int, activation: str, data: Dataset) -> dict[str, Step]:
+def model_of(network: str, options: argparse.Namespace) -> ModelConfig:
     input_dim, *hidden_dims, latent_dim = (int(width) for width in network.split("-"))
-    model = ModelConfig(
-        input_dim=input_dim, hidden_dims=tuple(hidden_dims), latent_dim=latent_dim, activation=activation
+    return ModelConfig(
+        input_dim=input_dim,
+        hidden_dims=tuple(hidden_dims),
+        latent_dim=latent_dim,
+        activation=options.activation,
+        normalization=options.normalization,
     )
+
+
+def make_steps(model: ModelConfig, batch_size: int, data: Dataset, compiled: CompileMode | None) -> dict[str, Step]:
     steps = {"floor": floor(model, batch_size)}
     for precision in PRECISIONS:
         steps[f"ours, {precision}"] = ours(model, batch_size, precision, data)
+        if compiled is not None:
+            steps[f"autograd, {precision}"] = ours(model, batch_size, precision, data, "none")
+            steps[f"compiled, {precision}"] = ours(model, batch_size, precision, data, compiled)
     return steps | {"loop": loop(model, batch_size, data)}
 
 
@@ -127,9 +143,16 @@ def floor(model: ModelConfig, batch_size: int) -> Step:
     return step
 
 
-def ours(model: ModelConfig, batch_size: int, precision: Any, data: Dataset) -> Step:
-    config = TrainConfig(batch_size=batch_size, precision=precision, max_epochs=1_000_000)
+def ours(
+    model: ModelConfig, batch_size: int, precision: Any, data: Dataset, by_autograd: CompileMode | None = None
+) -> Step:
+    """by_autograd: even where the gradient would be that by hand, in this mode of torch.compile."""
+    config = TrainConfig(
+        batch_size=batch_size, precision=precision, max_epochs=1_000_000, compile=by_autograd or "none"
+    )
     trainer = Trainer(model, config, data, seed=0)
+    if by_autograd is not None:
+        trainer._by_hand = None
     trainer.model.train()
 
     def batches() -> Iterator[None]:
@@ -237,12 +260,8 @@ def qualities(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def final_value(
     network: str, batch_size: int, precision: Any, seed: int, data: Dataset, options: argparse.Namespace
 ) -> float:
-    input_dim, *hidden_dims, latent_dim = (int(width) for width in network.split("-"))
-    model = ModelConfig(
-        input_dim=input_dim, hidden_dims=tuple(hidden_dims), latent_dim=latent_dim, activation=options.activation
-    )
     config = TrainConfig(batch_size=batch_size, precision=precision, max_epochs=options.epochs, learning_rate=1e-3)
-    return list(Trainer(model, config, data, seed=seed))[-1].val_nelbo
+    return list(Trainer(model_of(network, options), config, data, seed=seed))[-1].val_nelbo
 
 
 if __name__ == "__main__":
