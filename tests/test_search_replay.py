@@ -18,6 +18,7 @@ import typer
 from test_search_faults import DiesAt
 from test_search_study import stored_in
 
+import search.interrupts
 from search import cli_again
 from search.replay import replay, replay_lines
 from search.results import Study, open_study
@@ -279,5 +280,6 @@ def test_ctrl_c_ends_the_command_with_a_line(small_study, monkeypatch, capsys):
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(Trainer, "train_epoch", interrupted)
+    monkeypatch.setattr(search.interrupts, "_swallowed", [])  # or it would end the next study of this process
     assert vaesearch("replay", small_study.name, "0", "--storage", str(small_study.path.parent)) == 130
     assert "vaesearch: interrupted: nothing was written" in capsys.readouterr().err

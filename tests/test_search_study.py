@@ -426,7 +426,7 @@ def test_a_study_that_a_living_process_works_on_is_refused(copy):
     try:
         lease = {"host": socket.gethostname(), "pid": other.pid, "heartbeat": time.time()}
         (path / "lease.json").write_text(json.dumps(lease))
-        (path / "checkpoints").mkdir()  # so that there is something left to do
+        CheckpointStore(path / "checkpoints").put(0, 1, b"state")  # so that there is something left to do
         before = fingerprints(path)
         with pytest.raises(InputError, match=str(other.pid)):
             run_study(spec)
