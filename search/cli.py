@@ -118,6 +118,9 @@ def run(
 
         spec = warm_started(spec, warm_start, say)
     if dry_run:
+        from search.trackers import backends
+
+        backends(logger or (), spec)  # refused as the run would be
         _tell_plan(spec, address, extend, json)
     else:
         _run(spec, address, extend, logger, json)

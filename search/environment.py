@@ -23,6 +23,11 @@ PACKAGES = (
     "typer",
     "safetensors",
     "plotly",
+    "tensorboard",
+    "mlflow-skinny",
+    "mlflow",
+    "wandb",
+    "optuna-dashboard",
     "onnx",
     "onnxscript",
     "onnxruntime",
@@ -38,7 +43,7 @@ VARIABLES = (
     "MKL_NUM_THREADS",
     "PYTHONPATH",
 )
-PREFIXES = ("RAY_", "TUNE_", "AWS_", "TORCH", "PYTORCH")
+PREFIXES = ("RAY_", "TUNE_", "AWS_", "TORCH", "PYTORCH", "MLFLOW_", "WANDB_")
 """Variables that begin so are named where they are set, without their values, which may be keys."""
 
 

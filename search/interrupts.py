@@ -83,6 +83,8 @@ def interrupts_caught() -> Iterator[Interrupts]:
 
 def join_or_leave(thread: threading.Thread, timeout_s: float) -> None:
     """Wait for a thread; one that hangs in a storage that does not answer is left behind, under a name that says so."""
-    thread.join(timeout_s)
-    if thread.is_alive():
-        thread.name = LEFT_BEHIND
+    try:
+        thread.join(timeout_s)
+    finally:  # also where a Ctrl-C ends the wait
+        if thread.is_alive():
+            thread.name = LEFT_BEHIND

@@ -1,14 +1,17 @@
 """A study as a plain `optuna.Study`, for whatever reads one: plots, importances, optuna-dashboard."""
 
 import importlib.util
+import socket
 import threading
 from collections.abc import Callable
 
 import optuna
 
 from search.arm import curves_of, frozen_trial
+from search.interrupts import join_or_leave
 from search.results import Study
 from search.space import Space
+from search.storage import reason_of
 from vae.config import InputError
 
 MIRROR_EVERY_S = 5.0
@@ -37,22 +40,31 @@ def serve_dashboard(study: Study, port: int, say: Callable[[str], None]) -> None
     from optuna_dashboard import run_server
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+            probe.bind(("127.0.0.1", port))
+    except OSError as error:
+        raise InputError(f"port {port}: {error.strerror or error}; name another with --port") from None
     storage, over, mirrored = optuna.storages.InMemoryStorage(), threading.Event(), set[int]()
-    target = to_optuna(study, storage)
-    mirrored.update(trial.user_attrs["trial"] for trial in target.get_trials(deepcopy=False))
+    target = optuna.create_study(study_name=study.name, storage=storage, direction="minimize")
+    _mirror(study, target, mirrored)
 
     def follow() -> None:
         while not over.wait(MIRROR_EVERY_S):
-            _mirror(study, target, mirrored)
+            try:
+                _mirror(study, target, mirrored)
+            except Exception as error:  # of a storage that does not answer just now: the next round tries again
+                say(f"{study.name}: could not be read again: {reason_of(error)}")
 
-    threading.Thread(target=follow, name="vaesearch-mirror", daemon=True).start()
+    follower = threading.Thread(target=follow, name="vaesearch-mirror", daemon=True)
+    follower.start()
     say(f"{study.name}: http://127.0.0.1:{port}/ until Ctrl-C; what is changed there changes the mirror alone")
     try:
         run_server(storage, host="127.0.0.1", port=port)
-    except OSError as error:
-        raise InputError(f"port {port}: {error.strerror or error}; name another with --port") from None
     finally:
         over.set()
+        join_or_leave(follower, 1.0)
 
 
 def _mirror(study: Study, target: optuna.Study, known: set[int]) -> None:

@@ -191,7 +191,7 @@ def _epoch_seconds(spec: StudySpec, data: Dataset) -> tuple[float | None, str | 
     from vae.training import Diverged
 
     params = Space(spec.arms()[0]).constants | Space(spec.arms()[0]).start()
-    train = spec.train_config_for(params)
+    train = replace(spec.train_config_for(params), compile="none")  # which takes minutes, and a compiler here
     some = replace(data, train=data.train[: TIMED_BATCHES * train.batch_size])
     threads = torch.get_num_threads()
     torch.set_num_threads(spec.resources.cpus_per_trial)

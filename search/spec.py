@@ -662,7 +662,8 @@ def fits(entry: Entry, value: object) -> bool:
     """Whether a parameter of the space can have a value."""
     if isinstance(entry, Range):
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return is_number and entry.low <= value <= entry.high  # type: ignore[operator]
+        is_kind = is_number and (isinstance(entry.low, float) or float(value).is_integer())
+        return is_kind and entry.low <= value <= entry.high  # type: ignore[operator]
     return value in values_of(entry)
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import duckdb
 
-from search.layout import SCHEMA_VERSION, TABLES, part_files, study_folders
+from search.layout import DEFAULT_STORAGE, SCHEMA_VERSION, TABLES, part_files, study_folders
 from search.storage import Location, RemotePath, location
 from vae.config import InputError
 
@@ -52,7 +52,7 @@ class Rows:
     rows: list[tuple[Any, ...]]
 
 
-def query(sql: str, storage: str | Location, time_limit_s: float = TIME_LIMIT_S) -> "pa.Table":
+def query(sql: str, storage: str | Location = DEFAULT_STORAGE, time_limit_s: float = TIME_LIMIT_S) -> "pa.Table":
     """The answer to one SELECT over `studies` and the tables of a study. Raises QueryFailed, InputError."""
     return _answer(sql, storage, time_limit_s, lambda relation: relation.to_arrow_table())
 

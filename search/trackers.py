@@ -11,11 +11,13 @@ import math
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from search.events import StudyEvents
+from search.interrupts import join_or_leave
 from search.spec import StudySpec
 from search.tables import EpochRow, TrialRow
 from vae.config import InputError
@@ -33,7 +35,8 @@ METRICS = (
 )
 """What of each epoch is handed on, under its name in the table `epochs`."""
 
-LAST_S = 30.0  # what a tracker may take for what it has not sent when the study ends
+LAST_S, INTERRUPTED_S = 30.0, 2.0
+"""What all trackers together may take for what they have not sent when a study ends, and when something ends it."""
 
 
 class Backend(Protocol):
@@ -58,12 +61,22 @@ def tracking(names: Sequence[str], spec: StudySpec, say: Callable[[str], None]) 
 
     Raises InputError, before anything begins, for one that is unknown or not installed.
     """
-    trackers = [_Tracker(name, _backend(name, spec), say) for name in dict.fromkeys(names)]
+    trackers = [_Tracker(name, backend, say) for name, backend in backends(names, spec).items()]
+    wait_s = INTERRUPTED_S
     try:
         yield list[StudyEvents](trackers)
+        wait_s = LAST_S
     finally:
         for tracker in trackers:
-            tracker.close()
+            tracker.finish()
+        deadline = time.monotonic() + wait_s
+        for tracker in trackers:
+            tracker.join(max(0.0, deadline - time.monotonic()))
+
+
+def backends(names: Sequence[str], spec: StudySpec) -> dict[str, Backend]:
+    """Name -> its client. Raises InputError as `tracking`."""
+    return {name: _backend(name, spec) for name in names}
 
 
 def _backend(name: str, spec: StudySpec) -> Backend:
@@ -83,23 +96,31 @@ class _Tracker(StudyEvents):
         self._thread.start()
 
     def trial_started(self, row: TrialRow) -> None:
-        self._calls.put(lambda: self._backend.begin(row))
+        self._hand_on(lambda: self._backend.begin(row))
 
     def epochs_done(self, row: TrialRow, epochs: list[EpochRow]) -> None:
-        self._calls.put(lambda: self._backend.log(row, epochs))
+        self._hand_on(lambda: self._backend.log(row, epochs))
 
     def trial_ended(self, row: TrialRow) -> None:
-        self._calls.put(lambda: self._backend.end(row))
+        self._hand_on(lambda: self._backend.end(row))
 
-    def close(self) -> None:
+    def finish(self) -> None:
+        """Nothing more will come."""
         self._calls.put(self._backend.close)
         self._calls.put(None)
-        self._thread.join(LAST_S)
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until all is sent, but not for ever."""
+        join_or_leave(self._thread, timeout_s)
         if self._thread.is_alive():
-            self._say(f"{self._name}: did not take all within {LAST_S:g} s; the ledger has it")
+            self._say(f"{self._name}: did not take all in time; the ledger has it")
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # as `search.rounds.Rounds`
+
+    def _hand_on(self, call: Callable[[], None]) -> None:
+        if self._thread.is_alive():  # else it has failed
+            self._calls.put(call)
 
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:
@@ -209,6 +230,7 @@ class _WandB:
 
         if row.trial in self._runs:
             return
+        wandb.setup(wandb.Settings(silent=True))  # before init (0.31), which else asks for a key on the terminal
         self._runs[row.trial] = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "vaesearch"),
             group=row.study,

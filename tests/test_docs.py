@@ -1,6 +1,7 @@
 """What the pages say is what the program does: every command, query and snippet in them is run."""
 
 import gzip
+import json
 import math
 import os
 import re
@@ -162,6 +163,18 @@ def test_every_command_for_a_cluster_runs_as_printed(tmp_path):
                     assert count == 1
                 (tmp_path / "study.toml").write_text(text)
     assert len(Study(tmp_path / "studies" / "digits").rows()) == 4
+
+
+@pytest.mark.system
+@pytest.mark.timeout(300)
+def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path):
+    cells = json.loads((ROOT / "docs" / "tour.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "tour: 12 trials of up to 30 epochs" in done.stdout
+    assert "equal bit for bit" in done.stdout
+    assert len(Study(tmp_path / "studies" / "tour").rows()) == 12
 
 
 @pytest.mark.system

@@ -11,6 +11,7 @@ from pathlib import Path
 import optuna
 import pytest
 
+from search.optuna_study import _mirror
 from search.results import Study
 
 pytestmark = pytest.mark.usefixtures("ray_here")
@@ -41,6 +42,13 @@ def test_optunas_own_tools_take_it(small_study: Study, tmp_path: Path) -> None:
     assert len(figure.data) == len(small_study.rows())
     with pytest.raises(optuna.exceptions.DuplicatedStudyError):
         small_study.to_optuna(f"sqlite:///{tmp_path}/study.db")
+
+
+def test_the_mirror_takes_what_has_ended_since_and_nothing_twice(small_study: Study) -> None:
+    target, known = optuna.create_study(), {0, 1}
+    for _ in range(2):
+        _mirror(small_study, target, known)
+    assert [trial.user_attrs["trial"] for trial in target.trials] == [row.trial for row in small_study.rows()][2:]
 
 
 def test_the_dashboard_shows_it_on_loopback(small_study: Study) -> None:

@@ -545,6 +545,7 @@ def test_what_is_tried_first_lies_in_the_space():
     assert StudySpec.load(None, {**space, "sampler.first": [{"latent_dim": 8}, {"dropout": 0.5}]}).sampler.first
     for wrong, why in (
         ({"latent_dim": 9}, "outside the space"),
+        ({"learning_rate": 1}, "outside the space"),
         ({"dropout": 0.6}, "outside the space"),
         ({"dropout": "high"}, "outside the space"),
         ({"activation": "step"}, "outside the space"),

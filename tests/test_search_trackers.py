@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_search_faults import DiesAt
 from test_search_study import stored_in, with_
 
 import search.trackers
@@ -83,8 +84,28 @@ def in_mlflow(study: Study) -> dict[int, dict[str, dict[int, float]]]:
     return told
 
 
+TRACKERS = [("tensorboard", in_tensorboard, 1e-6), ("mlflow", in_mlflow, 0.0)]  # event files have float32
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # mlflow's use of sqlalchemy
-@pytest.mark.parametrize(("name", "read", "rel"), [("tensorboard", in_tensorboard, 1e-6), ("mlflow", in_mlflow, 0.0)])
+@pytest.mark.parametrize(("name", "read", "rel"), TRACKERS)
+def test_a_trial_that_goes_on_goes_on_in_its_run(
+    spec: StudySpec, name: str, read: Callable[[Study], Any], rel: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(search.trackers.BACKENDS[name][0], reason=f"the extra {name} is not installed")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(search.trackers, "INTERRUPTED_S", search.trackers.LAST_S)
+    longer = with_(spec, budget={"trials": 1, "max_epochs": 8})
+    with pytest.raises(Exception, match="Died"), tracking([name], longer, print) as trackers:
+        run_study(longer, events=[*trackers, DiesAt(0, longer.rungs()[0])])
+    study, said = run(longer, [name])
+    assert said == []
+    assert study.rows()[0].attempts == 2
+    assert_same(read(study), study, rel)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(("name", "read", "rel"), TRACKERS)
 def test_a_tracker_is_told_what_the_ledger_has(
     spec: StudySpec, name: str, read: Callable[[Study], Any], rel: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,7 +113,7 @@ def test_a_tracker_is_told_what_the_ledger_has(
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     study, said = run(spec, [name, name])
     assert said == []
-    assert_same(read(study), study, rel)  # float32 in event files
+    assert_same(read(study), study, rel)
     study, said = run(spec, [name], extend=1)
     assert said == []
     assert_same(read(study), study, rel)

@@ -38,20 +38,25 @@ def test_the_best_of_a_study_come_first_behind_the_default(small_study: Study, f
         _, params = arm.ask(turn)
         assert params == {name: leader.params[name] for name in params}
         assert params["activation"] == leader.activation
-    assert said == [f"small: its best {len(leaders)} configurations are tried first"]
+    assert said == [f"small: tried first, behind the default: the best {len(leaders)} that fit"]
     assert warm_started(fresh, str(small_study.path)) == spec
+    own = fresh.model_copy(update={"sampler": fresh.sampler.model_copy(update={"first": ({"latent_dim": 3},)})})
+    assert warm_started(own, small_study.name).sampler.first == ({"latent_dim": 3}, *spec.sampler.first)
     assert StudySpec.model_validate(spec.dump()) == spec
 
 
 def test_what_lies_outside_of_the_space_is_left_to_the_sampler(small_study: Study, fresh: StudySpec) -> None:
     said: list[str] = []
     best = ranked(small_study.rows())[0]
-    narrow = with_(fresh, space={"activation": [best.activation], "latent_dim": 63})
+    narrow = with_(fresh, space={"activation": "silu", "latent_dim": {"low": 60, "high": 64}}, budget={"trials": 2})
     spec = warm_started(narrow, small_study.name, said.append)
     assert spec.sampler.first[0]["learning_rate"] == best.learning_rate
     assert all("latent_dim" not in configuration for configuration in spec.sampler.first)
-    assert "left to the sampler" in said[1]
-    assert "latent_dim" in said[1]
+    assert said[1] == "small: values outside of the space are left to the sampler: latent_dim"
+    assert "has room for 1 of them" in said[2]
+    fixed = with_(fresh, space={"activation": "silu", "latent_dim": 63, "dropout": 0.1, "learning_rate": 0.01})
+    with pytest.raises(InputError, match="that is searched here"):
+        warm_started(fixed, small_study.name)
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
@@ -69,6 +74,26 @@ def test_rows_of_a_file_of_ones_own(fresh: StudySpec, tmp_path: Path, suffix: st
     assert isinstance(first[0]["latent_dim"], int)
 
 
+def test_of_a_table_of_ours_only_healthy_trials_count_and_of_optunas_its_own_names(
+    fresh: StudySpec, small_study: Study, tmp_path: Path
+) -> None:
+    columns = {
+        "state": ["COMPLETE", "COMPLETE", "PRUNED", "COMPLETE"],
+        "status": ["collapsed", "ok", "ok", "ok"],
+        "objective": [None] * 4,
+        "val_nelbo": [1.0, 3.0, 0.5, 2.0],
+        "latent_dim": [2, 3, 4, 8.5],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "ours.parquet")
+    assert warm_started(fresh, str(tmp_path / "ours.parquet")).sampler.first == ({"latent_dim": 3},)
+    small_study.to_optuna().trials_dataframe().to_csv(tmp_path / "optuna.csv")
+    first = warm_started(fresh, str(tmp_path / "optuna.csv")).sampler.first
+    best = small_study.summary().best
+    assert best is not None
+    assert first[0]["learning_rate"] == pytest.approx(best.learning_rate)
+    assert first[0]["activation"] == best.activation
+
+
 def test_without_a_value_rows_count_in_their_order(fresh: StudySpec, tmp_path: Path) -> None:
     rates = [0.001 * (1 + index) for index in range(9)]
     pyarrow.csv.write_csv(pa.table({"learning_rate": rates}), tmp_path / "rates.csv")
@@ -79,11 +104,13 @@ def test_without_a_value_rows_count_in_their_order(fresh: StudySpec, tmp_path: P
 def test_what_cannot_be_taken_over_is_refused(fresh: StudySpec, tmp_path: Path) -> None:
     (tmp_path / "bad.csv").write_text("colour\nred\n")
     pyarrow.csv.write_csv(pa.table({"learning_rate": [5.0]}), tmp_path / "far.csv")
+    pyarrow.csv.write_csv(pa.table({"learning_rate": [0.005], "objective": ["3,5"]}), tmp_path / "text.csv")
     for source, why in (
         ("nowhere", "no study there"),
         (str(tmp_path / "none.csv"), "cannot be read"),
         (str(tmp_path / "bad.csv"), "no column is named"),
         (str(tmp_path / "far.csv"), "no configuration"),
+        (str(tmp_path / "text.csv"), "no trial that ended well has a number"),
     ):
         with pytest.raises(InputError, match=why):
             warm_started(fresh, source)

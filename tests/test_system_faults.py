@@ -38,7 +38,7 @@ from search.tables import part_files
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 
-KILLS = 12
+KILLS = 8
 SLOWER = ("--max-epochs", "40", "--set", "model.hidden_dims=[256, 256]", "--set", "scheduler.grace_epochs=2")
 """Trials of several seconds."""
 

@@ -278,7 +278,11 @@ def every_model() -> dict[str, ModelConfig]:
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(bool(NO_ONNX), reason="the extra onnx is not installed")
 @pytest.mark.parametrize("name", every_model())
-def test_every_activation_body_and_likelihood_is_exported_in_every_format(tmp_path, name):
+def test_every_activation_body_and_likelihood_is_exported_in_every_format(tmp_path, name, monkeypatch):
+    def checked_here(folder, names, arrays):  # a process for each model would double what this takes
+        return {file: portable._deviation(folder / file, arrays) for file in names}
+
+    monkeypatch.setattr(portable, "_checked_elsewhere", checked_here)
     config = every_model()[name]
     torch.manual_seed(0)
     rows = np.random.default_rng(0).random((257, config.input_dim), dtype=np.float32)
