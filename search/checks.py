@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from cluster.resources import PlacementError, fitting_trials
+from cluster.runtime import Runtime
 from search.checkpoints import KEPT, CheckpointStore
 from search.finalists import missing_runs
 from search.lease import Lease
@@ -102,6 +104,26 @@ def disk_budget_bytes(spec: StudySpec, num_parameters: int, concurrency: int) ->
     return states * state + models + spec.budget.trials * spec.budget.max_epochs * LEDGER_ROW_BYTES
 
 
+def concurrency_of(spec: StudySpec, runtime: Runtime, gpus_per_trial: float) -> int:
+    """How many trials run at once. Raises InputError if the cluster cannot hold one."""
+    asked = spec.resources.concurrency
+    try:
+        return fitting(spec, runtime, gpus_per_trial, None if asked == "auto" else asked)
+    except PlacementError as error:
+        raise InputError(str(error)) from None
+
+
+def fitting(spec: StudySpec, runtime: Runtime, gpus_per_trial: float, wanted: int | None) -> int:
+    """How many trials of a study a cluster holds, at most `wanted`. Raises PlacementError if it holds none."""
+    return fitting_trials(
+        runtime,
+        cpus_per_trial=spec.resources.cpus_per_trial,
+        gpus_per_trial=gpus_per_trial,
+        wanted=wanted,
+        is_growing=spec.resources.autoscaling,
+    )
+
+
 def check_space(spec: StudySpec, data: Dataset, concurrency: int) -> None:
     """Raises InputError if the study would not fit on its disk."""
     free, models = free_bytes(spec.folder), list(spec.largest_models(data.row_shape))
@@ -110,14 +132,19 @@ def check_space(spec: StudySpec, data: Dataset, concurrency: int) -> None:
     bounds = [bound for model in models if (bound := most_parameters(model)) is not None]
     if len(bounds) == len(models) and disk_budget_bytes(spec, max(bounds), concurrency) <= free:
         return
-    from vae.model import num_parameters  # torch: a second, in which trials could have started
-
-    needed = disk_budget_bytes(spec, max(map(num_parameters, models)), concurrency)
+    needed = disk_budget_bytes(spec, largest_num_parameters(spec, data), concurrency)
     if needed > free:
         raise InputError(
             f"{spec.folder.parent}: the study may take {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free; "
             f"make room, name another --storage, or lower export.top, resources.concurrency or the model's size"
         )
+
+
+def largest_num_parameters(spec: StudySpec, data: Dataset) -> int:
+    """Of the largest model in the space."""
+    from vae.model import num_parameters  # torch: a second, in which trials could have started
+
+    return max(map(num_parameters, spec.largest_models(data.row_shape)))
 
 
 def most_parameters(config: ModelConfig) -> int | None:

@@ -57,7 +57,7 @@ def describe() -> dict[str, dict[str, Any]]:
             "cpu": _cpu_model(),
             "cpus": os.cpu_count(),
             "cpus_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "memory_bytes": _memory_bytes(),
+            "memory_bytes": memory_bytes(),
             "shared_memory_bytes": _shared_memory_bytes(),
         },
         "torch": _torch(),
@@ -95,7 +95,8 @@ def _cpu_model() -> str | None:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
-def _memory_bytes() -> int | None:
+def memory_bytes() -> int | None:
+    """Of this machine; None where nobody can tell."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):

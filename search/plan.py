@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from cluster.resources import PlacementError, fitting_trials
 from cluster.runtime import ray_runtime
-from search.checks import check_space, disk_budget_bytes, prepared
+from search.checks import check_space, concurrency_of, disk_budget_bytes, largest_num_parameters, prepared
 from search.early_stopping import EarlyStopping
 from search.finalists import missing_runs
 from search.progress import duration
@@ -15,7 +14,6 @@ from search.results import Study
 from search.space import Space
 from search.spec import Entry, Range, StudySpec, values_of
 from search.storage import free_bytes
-from vae.config import InputError
 from vae.data import Dataset, likelihood_advice
 
 SIMULATIONS, SIMULATED_TRIALS = 20, 500  # of early stopping
@@ -71,7 +69,7 @@ def plan_study(spec: StudySpec, *, address: str | None = None, extend: int = 0) 
     at_most = to_come * spec.budget.max_epochs + final_epochs
     expected = _expected_epochs(spec, range(ended, spec.budget.trials)) + final_epochs
     epoch_s, why_untimed = _epoch_seconds(spec, data)
-    num_parameters = _most_parameters(spec, data)
+    num_parameters = largest_num_parameters(spec, data)
     space = Space(spec.space)
     hidden = "-".join(map(str, spec.model.hidden_dims)) or "none"
     return Plan(
@@ -143,23 +141,11 @@ def _time_text(plan: Plan) -> str:
 
 def _placement(spec: StudySpec, address: str | None, data: Dataset) -> tuple[int, float]:
     """Trials at once, and the GPUs of each; `auto`, which a run measures, counts as a whole GPU here."""
-    asked = spec.resources
     with ray_runtime(address, data_bytes=data.nbytes) as runtime:
-        gpus = asked.gpus_per_trial
+        gpus = spec.resources.gpus_per_trial
         if gpus == "auto":
             gpus = 1.0 if runtime.num_gpus else 0.0
-        wanted = None if asked.concurrency == "auto" else asked.concurrency
-        try:
-            fitting = fitting_trials(
-                runtime,
-                cpus_per_trial=asked.cpus_per_trial,
-                gpus_per_trial=gpus,
-                wanted=wanted,
-                is_growing=asked.autoscaling,
-            )
-        except PlacementError as error:
-            raise InputError(str(error)) from None
-    return min(fitting, spec.budget.trials), gpus
+        return min(concurrency_of(spec, runtime, gpus), spec.budget.trials), gpus
 
 
 def _final_runs(spec: StudySpec, searched: Study | None) -> int:
@@ -205,12 +191,6 @@ def _epoch_seconds(spec: StudySpec, data: Dataset) -> tuple[float | None, str | 
         torch.set_num_threads(threads)
     training_s = len(some.train) / metrics.samples_per_s
     return training_s * len(data.train) / len(some.train) + max(0.0, metrics.wall_s - training_s), None
-
-
-def _most_parameters(spec: StudySpec, data: Dataset) -> int:
-    from vae.model import num_parameters
-
-    return max(map(num_parameters, spec.largest_models(data.row_shape)))
 
 
 def _entry_text(entry: Entry) -> str:

@@ -18,12 +18,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.head import head_watched
-from cluster.resources import Packing, PlacementError, fitting_trials
+from cluster.resources import Packing
 from cluster.runtime import Runtime, environment, ray_runtime, replaced
 from cluster.shares import Shares
 from search.arm import curves_of, told_of
 from search.checkpoints import CheckpointStore
-from search.checks import check_space, prepared
+from search.checks import check_space, concurrency_of, fitting, prepared
 from search.early_stopping import EarlyStopping
 from search.events import StudyEvents
 from search.interrupts import Interrupts, interrupts_caught, join_or_leave
@@ -43,7 +43,6 @@ from search.storage import Location, StorageFailed, failing_clearly
 from search.tables import FinalRow, TrialRow
 from search.watchdog import Watchdog
 from search.writer import Patience
-from vae.config import InputError
 from vae.data import Dataset, likelihood_advice
 
 if TYPE_CHECKING:
@@ -102,7 +101,7 @@ def run_study(
                     if check.verdict == "warning":
                         say(f"warning: {check.what}; {check.mend}")
             packing = _packing(spec, data, runtime, say)
-            concurrency = _concurrency(spec, runtime, packing)
+            concurrency = concurrency_of(spec, runtime, spec.resources.gpus(packing))
             check_space(spec, data, concurrency)
             stack.enter_context(_held(lease, say))  # from here on files are written
             if stored is None or spec != stored.spec:
@@ -138,25 +137,6 @@ def _packing(spec: StudySpec, data: Dataset, runtime: Runtime, say: Callable[[st
     return measured_packing(spec, data, runtime, say)
 
 
-def _concurrency(spec: StudySpec, runtime: Runtime, packing: Packing | None) -> int:
-    """How many trials run at once. Raises InputError if the cluster cannot hold one."""
-    asked = spec.resources
-    try:
-        return _fitting(spec, runtime, packing, None if asked.concurrency == "auto" else asked.concurrency)
-    except PlacementError as error:
-        raise InputError(str(error)) from None
-
-
-def _fitting(spec: StudySpec, runtime: Runtime, packing: Packing | None, wanted: int | None) -> int:
-    return fitting_trials(
-        runtime,
-        cpus_per_trial=spec.resources.cpus_per_trial,
-        gpus_per_trial=spec.resources.gpus(packing),
-        wanted=wanted,
-        is_growing=spec.resources.autoscaling,
-    )
-
-
 @contextlib.contextmanager
 def _fair_share(
     spec: StudySpec, concurrency: int, packing: Packing | None, shared: Runtime | None
@@ -168,7 +148,7 @@ def _fair_share(
     if shared is None or spec.resources.autoscaling:
         yield lambda wanted, at_work: concurrency
         return
-    shares = Shares(spec.name, _fitting(spec, shared, packing, None), concurrency)
+    shares = Shares(spec.name, fitting(spec, shared, spec.resources.gpus(packing), None), concurrency)
     try:
         yield shares.slots_for
     finally:

@@ -5,7 +5,6 @@ Rows come and go in the data's own units, as `vae.Model` takes and gives them; `
 
 import csv
 import math
-import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
+from search.environment import memory_bytes
 from search.evaluation import Split, data_config_of
 from search.layout import DEFAULT_STORAGE, STUDY_FILE
 from search.model_output import ROW
@@ -136,7 +136,8 @@ def sample(
     """(n, X) from the prior, in the data's own units: means of p(x|z), or draws from it."""
     if n < 1:
         raise InputError(f"-n must be at least 1, got {n}")
-    if n * (model.latent_dim + 2 * model.input_dim) * 4 > _memory_bytes():
+    memory = memory_bytes()
+    if memory is not None and n * (model.latent_dim + 2 * model.input_dim) * 4 > memory:
         raise InputError(f"-n {n}: so many rows do not fit in memory; ask for fewer")
     with _counting(model.vae.outputs, progress):
         return model.sample(n, seed=_seed(seed), mean=not draws)
@@ -345,11 +346,6 @@ def _seed(seed: int) -> int:
 
 def _generator(model: Model, seed: int) -> torch.Generator:
     return torch.Generator(model.device).manual_seed(_seed(seed))
-
-
-def _memory_bytes() -> int:
-    """Of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from xdist.scheduler import LoadScopeScheduling
 
 from cluster.runtime import Runtime, ray_runtime
+from search import cli
 from search.results import Study
 from search.spec import StudySpec
 from search.study import run_study
@@ -44,6 +45,24 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneRay:
 def _one_thread() -> None:
     """Two cores are shared with Ray's workers: torch's default of all cores is slower by far there."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def in_process(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """`vaesearch ...` in this process -> exit status, stdout, stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["vaesearch", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        sys.stdout.flush()
+        captured = capfd.readouterr()
+        return left.value.code or 0, captured.out, captured.err  # type: ignore[return-value]
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,9 @@ Command = Callable[..., Said]
 
 
 @pytest.fixture
-def vaesearch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+def vaesearch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process: Callable[..., tuple[int, str, str]]
+) -> Command:
     """`vaesearch ...` in an empty folder and without Ray: nothing here may get as far as to need it."""
 
     def no_ray(*args: object, **options: object) -> None:
@@ -53,16 +55,7 @@ def vaesearch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Cap
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "200")
 
-    def run(*arguments: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["vaesearch", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        sys.stdout.flush()
-        captured = capfd.readouterr()
-        return Said(left.value.code or 0, captured.out, captured.err)  # type: ignore[arg-type]
-
-    return run
+    return lambda *arguments: Said(*in_process(*arguments))
 
 
 @pytest.fixture

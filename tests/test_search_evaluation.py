@@ -2,8 +2,8 @@
 
 import csv
 import dataclasses
+import functools
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import save_file
 
 import search.progress
-from search import cli
 from search.evaluation import evaluate_model
 from search.results import Study
 from vae import export
@@ -36,19 +35,9 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def evaluate(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+def evaluate(in_process: Command) -> Command:
     """`vaesearch evaluate ...` -> exit status, stdout, stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vaesearch", "evaluate", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        sys.stdout.flush()
-        captured = capfd.readouterr()
-        return left.value.code or 0, captured.out, captured.err  # type: ignore[return-value]
-
-    return run
+    return functools.partial(in_process, "evaluate")
 
 
 def refused(evaluate: Command, *arguments: object) -> str:

@@ -22,7 +22,7 @@ from scipy import stats
 from scipy.spatial import geometric_slerp
 
 import search.progress
-from search import cli, use
+from search import use
 from search.model_output import grid_columns, write_values
 from search.results import Study
 from vae import export
@@ -43,19 +43,8 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def vaesearch(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """`vaesearch ...` -> exit status, stdout, stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vaesearch", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        sys.stdout.flush()
-        captured = capfd.readouterr()
-        return left.value.code or 0, captured.out, captured.err  # type: ignore[return-value]
-
-    return run
+def vaesearch(in_process: Command) -> Command:
+    return in_process
 
 
 def export_model(folder: str, likelihood: str = "bernoulli", body: str = "mlp", **settings: Any) -> tuple[VAE, Dataset]:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch._inductor.config
+from test_vae_training import two_clusters
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -44,22 +45,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.fixture
 def grey() -> Dataset:
-    """56 rows of 2 x 3 pixels in two clusters."""
-    rng = np.random.default_rng(0)
-    centres = np.array([[0.9, 0.8, 0.9, 0.1, 0.2, 0.1], [0.1, 0.2, 0.1, 0.9, 0.8, 0.9]])
-    rows = centres[rng.integers(0, 2, 76)].astype(np.float32)
-    fixed = (rng.random((20, 6)) < rows[56:]).astype(np.float32)
-    return Dataset(
-        config=DataConfig(source="grey.npy", binarize="dynamic"),
-        train=rows[:56],
-        validation=fixed[:10],
-        test=fixed[10:],
-        fingerprint="0" * 64,
-        image_shape=(2, 3),
-        columns=None,
-        shift=None,
-        factor=None,
-    )
+    return two_clusters(56)
 
 
 def make(data: Dataset, kind: str = "by hand", device: str = "cpu", **train: object) -> Trainer:

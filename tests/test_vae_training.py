@@ -23,16 +23,15 @@ def digits() -> Dataset:
     return load_data(DataConfig(source="digits"))
 
 
-@pytest.fixture
-def tiny() -> Dataset:
-    """41 rows of 6 grey features in two clusters; 41 leaves a last batch of one row at a batch size of 20."""
+def two_clusters(num_train: int) -> Dataset:
+    """So many rows of 2 x 3 grey pixels in two clusters, and ten to validate and to test by."""
     rng = np.random.default_rng(0)
     centres = np.array([[0.9, 0.8, 0.9, 0.1, 0.2, 0.1], [0.1, 0.2, 0.1, 0.9, 0.8, 0.9]])
-    rows = centres[rng.integers(0, 2, 61)].astype(np.float32)
-    fixed = (rng.random((20, 6)) < rows[41:]).astype(np.float32)
+    rows = centres[rng.integers(0, 2, num_train + 20)].astype(np.float32)
+    fixed = (rng.random((20, 6)) < rows[num_train:]).astype(np.float32)
     return Dataset(
-        config=DataConfig(source="tiny.npy", binarize="dynamic"),
-        train=rows[:41],
+        config=DataConfig(source="grey.npy", binarize="dynamic"),
+        train=rows[:num_train],
         validation=fixed[:10],
         test=fixed[10:],
         fingerprint="0" * 64,
@@ -41,6 +40,12 @@ def tiny() -> Dataset:
         shift=None,
         factor=None,
     )
+
+
+@pytest.fixture
+def tiny() -> Dataset:
+    """41 rows of 6 grey features in two clusters; 41 leaves a last batch of one row at a batch size of 20."""
+    return two_clusters(41)
 
 
 def make(

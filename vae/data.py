@@ -283,7 +283,7 @@ def split_rows(label: str, sizes: list[int], config: DataConfig) -> list[Any]:
             f"{label}: too few rows ({' + '.join(map(str, sizes))}) for training, validation and test; "
             "give more, or lower data.validation_fraction and data.test_fraction"
         )
-    order = _generator(config, _SPLIT_STREAM).permutation(total)
+    order = generator_of(config.seed, _SPLIT_STREAM).permutation(total)
     test, validation, train = np.split(order, [num_test, num_held_out])
     return [train, validation, slice(None) if has_test else test]
 
@@ -429,15 +429,17 @@ def _binarize(grey: list[np.ndarray], config: DataConfig) -> list[np.ndarray]:
         return [(rows > 0.5).astype(np.float32) for rows in grey]
     train, validation, test = grey
     return [
-        train if config.binarize == "dynamic" else _bernoulli(train, _generator(config, _TRAIN_STREAM)),
-        _bernoulli(validation, _generator(config, VALIDATION_STREAM)),
-        _bernoulli(test, _generator(config, _TEST_STREAM)),
+        train if config.binarize == "dynamic" else bernoulli(train, generator_of(config.seed, _TRAIN_STREAM)),
+        bernoulli(validation, generator_of(config.seed, VALIDATION_STREAM)),
+        bernoulli(test, generator_of(config.seed, _TEST_STREAM)),
     ]
 
 
-def _bernoulli(grey: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+def bernoulli(grey: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """grey (...) in [0, 1] -> float32 zeros and ones drawn with these probabilities."""
     return (generator.random(grey.shape, dtype=np.float32) < grey).astype(np.float32)
 
 
-def _generator(config: DataConfig, stream: int) -> np.random.Generator:
-    return np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(stream,)))
+def generator_of(seed: int, stream: int) -> np.random.Generator:
+    """That of one use of a seed, independent of its other uses."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(stream,)))

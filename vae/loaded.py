@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vae.config import SUPPORTS, InputError
-from vae.data import MAX_COUNT, VALIDATION_STREAM, check_finite, first_bad
+from vae.data import MAX_COUNT, VALIDATION_STREAM, bernoulli, check_finite, first_bad, generator_of
 from vae.export import load as load_vae
 from vae.export import read_config, units_of
 from vae.model import VAE
@@ -122,12 +122,11 @@ class Model:
         """
         x = self._prepared(rows)
         noise = fixed_noise(len(x), self.latent_dim, seed)
-        draws = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(VALIDATION_STREAM,)))
+        draws = generator_of(seed, VALIDATION_STREAM)
 
         def bound(part: Tensor, eps: Tensor) -> Tensor:
             if self._binarize in ("static", "dynamic"):
-                uniform = draws.random(tuple(part.shape), dtype=np.float32)
-                part = (torch.from_numpy(uniform).to(part.device) < part).float()
+                part = torch.from_numpy(bernoulli(part.cpu().numpy(), draws)).to(part.device)
             outputs, mu, logvar = self.vae(part, eps)
             recon = -self.vae.likelihood.log_prob(outputs, part)
             return (recon.double() + gaussian_kl(mu.double(), logvar.double())).unsqueeze(-1)
