@@ -238,7 +238,11 @@ def _look() -> Callable[[bool], dict[str, Any]]:
                 seen["CUDA_VISIBLE_DEVICES"] = devices
             try:
                 done = subprocess.run(
-                    [sys.executable, "-c", code], env=seen, capture_output=True, text=True, timeout=torch_patience_s
+                    [sys.executable, "-P", "-c", code],
+                    env=seen,
+                    capture_output=True,
+                    text=True,
+                    timeout=torch_patience_s,
                 )
             except subprocess.TimeoutExpired:
                 return {"error": f"no answer within {torch_patience_s:.0f} s", "is_late": True}

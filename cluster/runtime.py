@@ -132,11 +132,25 @@ def _connected(ray, **options: object) -> Iterator[None]:  # type: ignore[no-unt
     with _errors_logged(ray):
         try:
             with _our_handler_of_sigterm(ray), _idle_processes_spared(ray):
-                ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+                ray.init(log_to_driver=False, logging_level=logging.ERROR, job_config=_job_config(ray), **options)
             yield
         finally:
             ray.shutdown()
             _restore_environment(before)
+
+
+class _NoFolders(list[str]):
+    """Stays empty, whatever is added."""
+
+    def extend(self, folders: object) -> None: ...
+
+
+def _job_config(ray) -> Any:  # type: ignore[no-untyped-def]
+    """Keep Ray (2.60) from having workers import from the driver's working directory first: a user's vae.py or
+    random.py there would be taken for the module of that name."""
+    config = ray.job_config.JobConfig()
+    config._py_driver_sys_path = _NoFolders()
+    return config
 
 
 def _errors_logged(ray) -> contextlib.AbstractContextManager[None]:  # type: ignore[no-untyped-def]

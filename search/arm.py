@@ -2,7 +2,7 @@
 ledger. Nothing here knows Ray."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import optuna
@@ -82,7 +82,7 @@ def frozen_trial(space: Space, row: TrialRow, curve: Curve) -> FrozenTrial:
     if row.epochs and row.ranks_by is not None and row.status not in ("diverged", "oom"):
         values.setdefault(row.epochs, row.ranks_by)  # where the epochs went with a damaged part
     if row.status in ("diverged", "oom") and row.objective is not None:
-        values[row.epochs + 1] = row.objective
+        values[beyond(row, values)] = row.objective
     pruned_at = values[max(values)] if values else None
     return create_trial(
         state=TrialState[row.state],
@@ -92,6 +92,11 @@ def frozen_trial(space: Space, row: TrialRow, curve: Curve) -> FrozenTrial:
         intermediate_values=values,
         constraints=constraints_of(row),
     )
+
+
+def beyond(row: TrialRow, told: Iterable[int]) -> int:
+    """The epoch at which the sampler hears of a trial's penalty: behind all that it was told of."""
+    return max((row.epochs, *told)) + 1
 
 
 def _waiting(params: Params) -> FrozenTrial:

@@ -3,12 +3,15 @@
 Whatever fails here is a result, too: see `what_ended`.
 """
 
+import contextlib
+import gc
 import io
 import math
 import os
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,6 +31,13 @@ BEATS_A_TIMEOUT = 10
 """While training moves on, the store hears of it this often in the time after which a trial counts as stalled."""
 
 TRACEBACK_LINES = 6
+
+NO_MEMORY = (  # in what torch says, but for torch.OutOfMemoryError
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 
 
 @dataclass(frozen=True)
@@ -105,6 +115,8 @@ class Attempt:
         """Build the model, or go on from its newest stored state that can be read."""
         import ray  # here, since whoever trains a trial again needs none
 
+        if self._spec.train.compile != "none":
+            gc.collect()  # what was compiled for the trial before holds its model, and its memory on the device
         damaged: list[str] = []
         while True:
             trainer = make_trainer(
@@ -150,7 +162,7 @@ class Attempt:
         try:
             self.probes.append(asdict(self.trainer.diagnose()))
         except Exception as error:
-            if not _is_out_of_memory(error):
+            if not ran_out_of_memory(error):
                 raise
 
     def _store_state(self) -> None:
@@ -190,7 +202,15 @@ def what_ended(error: Exception) -> Ended:
     if isinstance(error, Diverged):
         return Ended("diverged", str(error), error.step, error.layer)
     lines = "".join(traceback.format_exception(error)).splitlines()
-    return Ended("oom" if _is_out_of_memory(error) else "error", "\n".join(lines[-TRACEBACK_LINES:]))
+    return Ended("oom" if ran_out_of_memory(error) else "error", "\n".join(lines[-TRACEBACK_LINES:]))
+
+
+def is_of_the_machine(error: Exception) -> bool:
+    """Whether the trial is to be tried in another worker: the store is gone, or a fault of a GPU, which stays with the
+    process."""
+    from ray.exceptions import RayError
+
+    return isinstance(error, RayError) or (isinstance(error, torch.AcceleratorError) and not ran_out_of_memory(error))
 
 
 def set_up_torch(cpus: int, gpus: float) -> None:
@@ -199,6 +219,23 @@ def set_up_torch(cpus: int, gpus: float) -> None:
     torch.backends.cudnn.allow_tf32 = False  # of convolutions on a GPU: float32 is to mean float32
     if 0 < gpus < 1 and torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction(gpus)
+
+
+def device_for(recorded: str | None) -> str:
+    """The kind of device that a trial was trained on, if there is one here."""
+    is_gpu = recorded is not None and recorded.startswith("cuda") and torch.cuda.is_available()
+    return "cuda" if is_gpu else "cpu"
+
+
+@contextlib.contextmanager
+def threads_for(spec: StudySpec, device: str) -> Iterator[None]:
+    """As many threads as a trial of the study has; afterwards as many as before."""
+    before = torch.get_num_threads()
+    set_up_torch(spec.resources.cpus_per_trial, float(device != "cpu"))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def visible_gpus(gpus: float) -> list[str]:
@@ -211,7 +248,7 @@ def train_wall_s(history: list[dict[str, Any]]) -> float:
     return math.fsum(epoch["wall_s"] for epoch in history)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def ran_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's on a CPU
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)

@@ -84,8 +84,8 @@ class CheckpointStore:
     def newest(self, trial: int) -> Stored:
         """The newest state of a trial that can be read. A damaged one is replaced when its epoch comes round again."""
         damaged: list[str] = []
-        if trial in self._unwritten:
-            return Stored(*self._unwritten[trial], "")
+        if (unwritten := self._unwritten.get(trial)) is not None:
+            return Stored(*unwritten, "")
         for epoch in reversed(self._epochs.get(trial, [])):
             try:
                 return Stored(epoch, _opened(self._path(trial, epoch).read_bytes()), "; ".join(damaged))

@@ -157,13 +157,13 @@ def most_parameters(config: ModelConfig) -> int | None:
     return sum(WIDEST * (fan_in + is_square * width + config.apl_hinges + SMALL) * width for fan_in, width in nets)
 
 
-def check_fingerprint(study: Study, data: Dataset) -> None:
+def check_fingerprint(study: Study, data: Dataset, remedy: str = "bring those back or use another --name") -> None:
     """Raises InputError if the data are not those the study was made on."""
     fingerprint = study.provenance["data_fingerprint"]
     if fingerprint != data.fingerprint:
         raise InputError(
             f"{study.path}: the study was made on other data (SHA-256 {fingerprint[:12]}..., "
-            f"those of {data.config.source} have {data.fingerprint[:12]}...); bring those back or use another --name"
+            f"those of {data.config.source} have {data.fingerprint[:12]}...); {remedy}"
         )
 
 
@@ -177,12 +177,7 @@ def own_data(study: Study, source: str | None = None, data_dir: str | None = Non
         if source is not None or data_dir is not None:
             raise
         raise InputError(f"{error}\nif they have moved since the study: --data FILE, or --data-dir FOLDER") from None
-    fingerprint = str(study.provenance["data_fingerprint"])
-    if dataset.fingerprint != fingerprint:
-        raise InputError(
-            f"{config.source}: other data than trial and study were made on (SHA-256 {dataset.fingerprint[:12]}..., "
-            f"those had {fingerprint[:12]}...); name the file with those: --data FILE, or --data-dir FOLDER"
-        )
+    check_fingerprint(study, dataset, "name the file with those: --data FILE, or --data-dir FOLDER")
     return dataset
 
 

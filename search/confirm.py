@@ -22,11 +22,11 @@ import torch
 from ray.exceptions import RayError
 
 from cluster.resources import Packing
-from search.attempt import Attempt, Ended, Heartbeat, set_up_torch, train_wall_s, what_ended
+from search.attempt import Attempt, Ended, Heartbeat, is_of_the_machine, set_up_torch, train_wall_s, what_ended
 from search.events import StudyEvents
 from search.finalists import final_seed, missing_runs
 from search.ledger import Ledger
-from search.rounds import Rounds, is_out_of_memory
+from search.rounds import Rounds, is_out_of_memory, one_line
 from search.spec import StudySpec
 from search.tables import SCHEMAS, FinalRow, TrialRow
 from vae.data import Dataset
@@ -171,7 +171,7 @@ class Confirmation:
         """Start it again, or give it up if it was lost too often."""
         stalled = reference.hex() in self._stalled
         status = "timeout" if stalled else "oom" if is_out_of_memory(error) else "lost"
-        reason = str(error).strip().splitlines()[0] if not stalled else "no training step for too long"
+        reason = one_line(error) if not stalled else "no training step for too long"
         row = dataclasses.replace(row, status=status, reason=reason)
         self._store.forget.remote(_number(row))
         self._losses[row.key] += not getattr(error, "preempted", False)  # else the cluster took the node away
@@ -212,7 +212,7 @@ class _Worker:
 def _train_and_score(
     spec: StudySpec, data: Dataset, store: Any, *, number: int, params: dict[str, Any], seed: int, gpus: float
 ) -> _Result:
-    """In a worker. What fails in it is told, not raised."""
+    """In a worker. What fails in it is told, and only what is no fault of the run raised."""
     set_up_torch(spec.resources.cpus_per_trial, gpus)
     attempt = Attempt(spec, data, store, number=number, params=params, seed=seed, gpus=gpus)
     known: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
@@ -228,6 +228,8 @@ def _train_and_score(
             nll, nelbo = -scores.log_likelihood, -scores.elbo
             known |= figures
         except Exception as error:  # nothing may be lost
+            if is_of_the_machine(error):
+                raise
             ended = what_ended(error)
     if (trainer := attempt.trainer) is not None:
         known |= {"num_parameters": trainer.model.num_parameters, "device": str(trainer.device)}

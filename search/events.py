@@ -11,7 +11,7 @@ class StudyEvents:
         """The search is about to begin, or to go on from these trials."""
 
     def trial_started(self, row: TrialRow) -> None:
-        """A suggestion is on disk and waits for a worker; also one that is started again."""
+        """A suggestion is on disk and waits for a worker; also one that a former driver left."""
 
     def epochs_done(self, row: TrialRow, epochs: list[EpochRow]) -> None:
         """New epochs; the row has the figures of the last one."""

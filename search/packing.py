@@ -22,6 +22,17 @@ class Memory(NamedTuple):
     total: int
 
 
+def packing_for(spec: StudySpec, data: Dataset, runtime: Runtime, say: Callable[[str], None]) -> Packing | None:
+    """How many trials share a GPU, where that is to be measured and there is one. A GPU left idle is told of."""
+    if spec.resources.gpus_per_trial == "auto":
+        if runtime.num_gpus:
+            return measured_packing(spec, data, runtime, say)
+        say("gpus_per_trial = auto: there is no GPU, so trials train on CPUs")
+    elif not spec.resources.gpus_per_trial and runtime.num_gpus:
+        say("trials train on CPUs, and what there is of GPUs is idle; --gpus-per-trial auto, or 1, trains on them")
+    return None
+
+
 def measured_packing(spec: StudySpec, data: Dataset, runtime: Runtime, say: Callable[[str], None]) -> Packing:
     """The packing that fits every GPU node. One trial a GPU where nothing could be measured, which is said."""
     nodes = [node for node in runtime.nodes if node.num_gpus >= 1]
@@ -80,6 +91,7 @@ def _peak_memory(spec: StudySpec, data: Dataset) -> Memory | str:
     """In a worker that has a GPU to itself."""
     import torch
 
+    from search.attempt import ran_out_of_memory
     from vae.adversarial import make_trainer
 
     if not torch.cuda.is_available():
@@ -89,7 +101,9 @@ def _peak_memory(spec: StudySpec, data: Dataset) -> Memory | str:
         trainer = make_trainer(model, train, data, seed=0, device="cuda")
         trainer.train_epoch()
         trainer.diagnose()
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
         return "the largest configuration needs more than all of its memory"
     free, total = torch.cuda.mem_get_info()
     context = total - free - torch.cuda.memory_reserved()

@@ -4,6 +4,7 @@ import io
 import math
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 
+from search.attempt import device_for, threads_for
 from search.checkpoints import CheckpointStore
 from search.checks import check_fingerprint
 from search.results import (
@@ -39,6 +41,9 @@ from vae.portable import how_to_get_onnx, missing_onnx_packages
 TOLERANCE_NATS, TOLERANCE = 1e-4, 1e-5
 """How far the value of a model read back may lie from the one in the ledger: so much, and this share of its terms."""
 
+Tell = Callable[[int, int, str], None]
+"""Hears of how many models how many are done, and what is being done."""
+
 
 class ExportMismatch(RuntimeError):
     """A model that was read back does not give the value in the ledger. It is not announced."""
@@ -63,13 +68,15 @@ class _Kept:
                 return export.load(fetch_tree(self._exported[row.trial], Path(scratch) / "model"))
         spec = self._study.spec
         config = model_config_of(spec, row, data.row_shape)
-        trainer = make_trainer(config, spec.train_config_for(row.params), data, seed=row.seed)
-        if stored.state is not None:
-            state = torch.load(io.BytesIO(stored.state), weights_only=True, map_location="cpu")
-            trainer.load_state_dict(state["trainer"])
-        for _ in trainer:
-            pass
-        return trainer.result.eval()
+        device = "cpu" if stored.epoch == row.max_epochs else device_for(row.device)
+        with threads_for(spec, device):
+            trainer = make_trainer(config, spec.train_config_for(row.params), data, seed=row.seed, device=device)
+            if stored.state is not None:
+                state = torch.load(io.BytesIO(stored.state), weights_only=True, map_location="cpu")
+                trainer.load_state_dict(state["trainer"])
+            for _ in trainer:
+                pass
+        return trainer.result.cpu().eval()
 
 
 def publish_best(study: Study, data: Dataset) -> list[Location]:
@@ -84,7 +91,14 @@ def publish_best(study: Study, data: Dataset) -> list[Location]:
 
 
 def export_best(
-    study: Study, data: Dataset, top: int, to: Path, *, programs: bool = False, onnx: bool = False
+    study: Study,
+    data: Dataset,
+    top: int,
+    to: Path,
+    *,
+    programs: bool = False,
+    onnx: bool = False,
+    tell: Tell = lambda done, total, note: None,
 ) -> list[Path]:
     """Export the best `top` into a folder of the user's. Raises InputError if fewer were kept.
 
@@ -102,21 +116,31 @@ def export_best(
             f"{study.path}: the weights of the best {of_rows} were kept, not of the best {len(rows)}; "
             f"use --top {of_rows}, or search with export.top = {top}"
         )
-    return export_models(study, rows, data, to, programs=programs, onnx=onnx)
+    return export_models(study, rows, data, to, programs=programs, onnx=onnx, tell=tell)
 
 
 def export_models(
-    study: Study, rows: list[TrialRow], data: Dataset, to: Path, *, programs: bool = False, onnx: bool = False
+    study: Study,
+    rows: list[TrialRow],
+    data: Dataset,
+    to: Path,
+    *,
+    programs: bool = False,
+    onnx: bool = False,
+    tell: Tell = lambda done, total, note: None,
 ) -> list[Path]:
     """Write, read back and check one folder a row, named after its rank in `rows`."""
     check_fingerprint(study, data)
-    kept, folders = _Kept(study), []
+    kept = _Kept(study)
+    folders: list[Path] = []
     building = to / ".building"
     for rank, row in enumerate(rows, start=1):
         folder = building / f"{rank}-trial-{row.trial}"
         try:
+            tell(len(folders), len(rows), f"{folder.name}: its weights")
             model = kept.model(row, data)
             config = _config(study, row, model, data)
+            tell(len(folders), len(rows), f"{folder.name}: its files, each checked")
             export.save(model, folder, config=config, data=data, programs=programs, onnx=onnx)
             check(folder, row, data)
             shutil.rmtree(to / folder.name, ignore_errors=True)

@@ -21,11 +21,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
+from search.attempt import device_for, threads_for
 from search.checkpoints import CheckpointStore
 from search.checks import own_data
 from search.interrupts import Interrupts, interrupts_caught
 from search.publish import check, check_programs, described
-from search.replay import Tell, device_for, threads_for, trial_of
+from search.replay import Tell, trial_of
 from search.results import MODEL_FILE, Study, model_config_of, ranked, storage_flag
 from search.spec import StudySpec, spec_diff
 from search.storage import StorageFailed, failing_clearly, sync, temporary_of, write_atomically

@@ -4,7 +4,6 @@ On the same CPU build, with as many threads and the same torch, the two are equa
 had several attempts. Elsewhere sums are taken in another order, and what that changes grows with the epochs.
 """
 
-import contextlib
 import math
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -14,10 +13,9 @@ from typing import Any, Literal
 
 import torch
 
-from search.attempt import Attempt, Ended, set_up_torch, what_ended
+from search.attempt import Attempt, Ended, device_for, threads_for, what_ended
 from search.checks import own_data
 from search.results import VERSIONS, Study, model_config_of, storage_flag
-from search.spec import StudySpec
 from search.tables import TrialRow
 from vae.adversarial import make_trainer
 from vae.config import InputError
@@ -90,6 +88,7 @@ class Replay:
     ended_now: str
     threads: int
     device: str
+    cpu: str  # the kernels that torch chose for this one: AVX2, AVX512, ...
     changed: list[str]  # what is known to be unlike then
     notes: list[str]  # what was not compared
 
@@ -155,6 +154,7 @@ def replay(
         ended_now=_words(ended) if is_judged else HEALTHY,
         threads=threads,
         device=device,
+        cpu=torch.backends.cpu.get_cpu_capability(),
         changed=list(_changed(study, row, device)),
         notes=list(_notes(row, recorded, last)),
     )
@@ -165,6 +165,7 @@ def replay_lines(replay: Replay) -> list[str]:
     several = f", then in {replay.attempts} attempts" if replay.attempts > 1 else ""
     head = f"{replay.study}, trial {replay.trial} ({replay.state}{several})"
     threads = f"{replay.threads} thread{'s' if replay.threads > 1 else ''} on {replay.device}"
+    kernels = f", {replay.cpu}" if replay.device == "cpu" else ""
     count = f"{len(replay.epochs)} epoch{'s' if len(replay.epochs) != 1 else ''}"
     if replay.verdict == "equal":
         lines = [f"{head}: equal bit for bit, {count}"]
@@ -180,8 +181,8 @@ def replay_lines(replay: Replay) -> list[str]:
     elif replay.ended_then != HEALTHY:
         lines.append(f"then and now: {replay.ended_then}")
     if replay.verdict != "equal":
-        same = "versions, host and device are those of then; kinds of CPU and threads of then are not recorded"
-        lines.append(f"{threads}; {'; '.join(replay.changed) or same}")
+        changed = "; ".join(replay.changed) or "versions, host and device are those of then"
+        lines.append(f"now {threads}{kernels}; {changed}; kernels and threads of then are not recorded")
     return lines + replay.notes
 
 
@@ -196,23 +197,6 @@ def trial_of(study: Study, trial: int) -> TrialRow:
     known = f"it has trials {min(rows)} to {max(rows)}" if rows else "it has none"
     show = f"vaesearch show {study.name}{storage_flag(study.path)} --trials"
     raise InputError(f"{study.path}: there is no trial {trial}; {known}: {show}")
-
-
-def device_for(recorded: str | None) -> str:
-    """The kind of device that a trial was trained on, if there is one here."""
-    is_gpu = recorded is not None and recorded.startswith("cuda") and torch.cuda.is_available()
-    return "cuda" if is_gpu else "cpu"
-
-
-@contextlib.contextmanager
-def threads_for(spec: StudySpec, device: str) -> Iterator[None]:
-    """As many threads as a trial of the study has; afterwards as many as before."""
-    before = torch.get_num_threads()
-    set_up_torch(spec.resources.cpus_per_trial, float(device != "cpu"))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # ---- then and now

@@ -147,3 +147,13 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     from ray.exceptions import OutOfMemoryError
 
     return isinstance(error, OutOfMemoryError) or "low on memory" in str(error)
+
+
+def one_line(error: BaseException | None) -> str:
+    """What took a worker away, in a line: the first that Ray says, or what was raised there."""
+    from ray.exceptions import RayTaskError
+
+    lines = [line.strip() for line in str(error or "its worker was lost").splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return lines[-1 if isinstance(error, RayTaskError) else 0]

@@ -29,11 +29,11 @@ from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from cluster.resources import Packing
-from search.arm import Arm, Curve, constraints_of
+from search.arm import Arm, Curve, beyond, constraints_of
 from search.events import StudyEvents
 from search.ledger import Ledger
 from search.results import PENALTY
-from search.rounds import is_out_of_memory
+from search.rounds import is_out_of_memory, one_line
 from search.spec import Params, StudySpec
 from search.tables import PARAMS, AttemptRow, DiagnosticsRow, EpochRow, LayerRow, TrialRow
 from vae.config import OWN_PARAMETERS
@@ -209,7 +209,7 @@ class StudySearcher(Searcher):
         if live.is_stalled:
             outcome, reason = "timeout", f"no training step for {self.spec.budget.stall_timeout_s:g} s"
         else:
-            outcome, reason = "oom" if is_out_of_memory(error) else "lost", _one_line(error)
+            outcome, reason = "oom" if is_out_of_memory(error) else "lost", one_line(error)
         # a node that the cluster took away on purpose is nobody's fault
         self._settle_loss(live, outcome, reason, counts=not getattr(error, "preempted", False))
         for listener in self.events:
@@ -311,7 +311,7 @@ class StudySearcher(Searcher):
             live.attempt,
             from_epoch=result["from_epoch"],
             damaged=result["damaged"],
-            epochs=live.row.epochs,
+            epochs=result["epoch"],
             host=live.row.host,
             node_id=result["node_id"],
             pid=live.row.pid,
@@ -350,7 +350,7 @@ class StudySearcher(Searcher):
         for name, violation in constraints_of(row).items():
             trial.set_constraint(name, violation)
         if status in ("diverged", "oom") and objective is not None:
-            trial.report(objective, row.epochs + 1)
+            trial.report(objective, beyond(row, trial.storage.get_trial(trial._trial_id).intermediate_values))
         arm, _ = self.spec.place(row.trial)
         self.arms[arm].study.tell(trial, objective if state == "COMPLETE" else None, state=TrialState[state])
         if not self.gave_up:  # which is for good, also when a trial still under way ends well
@@ -381,8 +381,7 @@ def updated_row(row: TrialRow, result: Mapping[str, Any]) -> TrialRow:
         "step": result["step"],
         "layer": result["layer"],
     }
-    if result["epochs"]:
-        last = result["epochs"][-1]
+    if result["epochs"] and (last := result["epochs"][-1])["epoch"] >= row.epochs:  # else it goes over them again
         same = ("val_nelbo", "val_recon", "val_kl", "active_units", "train_nelbo", "samples_per_s")
         known |= {name: last[name] for name in same} | {"epochs": last["epoch"]}
     # an attempt that failed before its model was built knows less than one before it
@@ -404,11 +403,6 @@ def probe_rows(row: TrialRow, probes: list[dict[str, Any]]) -> tuple[list[Diagno
 def trial_seed(study_seed: int, number: int) -> int:
     """The seed of a trial: of its initial weights, its order of rows and its noise."""
     return int(np.random.SeedSequence([study_seed, number, 1]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def _one_line(error: BaseException | None) -> str:
-    lines = [line.strip() for line in str(error or "its worker was lost").splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _now() -> datetime:

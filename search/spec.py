@@ -168,8 +168,8 @@ def _parse_gpus(value: object) -> float | Literal["auto"]:
     number = _number(value, float, "gpus_per_trial")
     if number < 0:
         raise ValueError(f"gpus_per_trial must be at least 0, got {number:g}")
-    if number > 1 and number != int(number):
-        raise ValueError("gpus_per_trial beyond 1 must be a whole number")
+    if number > 1:
+        raise ValueError(f"a trial trains on one GPU: give 0, a share such as 0.25, 1, or auto, not {number:g}")
     return number
 
 
@@ -372,7 +372,7 @@ class ResourcesSpec(_Section):
     cpus_per_trial: int = Field(1, ge=1, description="cores, and torch's threads")
     gpus_per_trial: Annotated[float | Literal["auto"], PlainValidator(_parse_gpus)] = Field(
         0.0,
-        description="0, a share such as 0.25, a whole number, or auto: as many as a GPU was measured to hold",
+        description="0, a share such as 0.25, 1, or auto: as many trials on a GPU as it was measured to hold",
     )
     concurrency: Annotated[int | Literal["auto"], PlainValidator(_parse_concurrency)] = Field(
         "auto", description="trials at once; auto: as many as fit"

@@ -37,8 +37,6 @@ TIME_LIMIT_S = 300.0
 ELSEWHERE = ("studies", "parquet", "read_", "glob")
 """SQL with one of these asks for no table of a study alone, or by the names of files."""
 
-SEALED = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
-
 
 class QueryFailed(InputError):
     """The SQL is wrong, not allowed, or took too long. The text is duckdb's, or says what is allowed."""
@@ -110,7 +108,7 @@ def _over_parts(sql: str, folders: list[Location]) -> Iterator[duckdb.DuckDBPyCo
     """A database over the parts as they are now; None where that does not do."""
     parts = {table: [part for folder in folders for part in part_files(folder, table)] for table in _named(sql)}
     is_elsewhere = any(word in sql.lower() for word in ELSEWHERE)
-    if is_elsewhere or not parts or not all(parts.values()) or sys.platform != "linux":  # which names open files
+    if is_elsewhere or not parts or not all(parts.values()) or sys.platform != "linux":
         yield None
         return
     with ExitStack() as stack:
@@ -130,7 +128,7 @@ def _over_parts(sql: str, folders: list[Location]) -> Iterator[duckdb.DuckDBPyCo
 
 @contextmanager
 def _opened(part: Location) -> Iterator[str]:
-    """A name for a part's present content, which can be read and not be written."""
+    """A name for a part's present content, which can be read and not be written. On Linux alone."""
     file = os.memfd_create(part.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         if isinstance(part, RemotePath):
@@ -141,7 +139,8 @@ def _opened(part: Location) -> Iterator[str]:
                 done, size = 0, os.fstat(source.fileno()).st_size
                 while done < size:
                     done += os.sendfile(file, source.fileno(), done, size - done)
-        fcntl.fcntl(file, fcntl.F_ADD_SEALS, SEALED)
+        seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, seals)
         yield f"/proc/self/fd/{file}"
     finally:
         os.close(file)

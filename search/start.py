@@ -5,6 +5,7 @@ as long to import as duckdb needs for a million rows. All else is `search.cli`'s
 """
 
 import os
+import signal
 import sys
 
 from search.layout import DEFAULT_STORAGE
@@ -19,8 +20,10 @@ def main() -> None:
         case ["query", sql, "--storage", storage] if not sql.startswith("-"):
             pass
         case _:
-            from search.cli import main as others
-
+            try:
+                from search.cli import main as others
+            except KeyboardInterrupt:  # before anybody listens for it
+                sys.exit(128 + signal.SIGINT)
             others()
     end_with_status(lambda: _query(sql, storage))
 

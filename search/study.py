@@ -29,6 +29,7 @@ from search.events import StudyEvents
 from search.interrupts import Interrupts, interrupts_caught, join_or_leave
 from search.lease import Lease
 from search.ledger import Contents, Ledger, take_stock
+from search.packing import packing_for
 from search.results import (
     CHECKPOINTS_FOLDER,
     FINAL_CHECKPOINTS_FOLDER,
@@ -100,7 +101,7 @@ def run_study(
                 for check in checks:
                     if check.verdict == "warning":
                         say(f"warning: {check.what}; {check.mend}")
-            packing = _packing(spec, data, runtime, say)
+            packing = packing_for(spec, data, runtime, say)
             concurrency = concurrency_of(spec, runtime, spec.resources.gpus(packing))
             check_space(spec, data, concurrency)
             stack.enter_context(_held(lease, say))  # from here on files are written
@@ -123,18 +124,6 @@ def run_study(
         if len(published) < leaders:
             say(f"{path}: of the best {leaders} models, the weights of {leaders - len(published)} were not kept")
     return study
-
-
-def _packing(spec: StudySpec, data: Dataset, runtime: Runtime, say: Callable[[str], None]) -> Packing | None:
-    """How many trials share a GPU, where that is to be measured and there is one."""
-    if spec.resources.gpus_per_trial != "auto":
-        return None
-    if not runtime.num_gpus:
-        say("gpus_per_trial = auto: there is no GPU, so trials train on CPUs")
-        return None
-    from search.packing import measured_packing
-
-    return measured_packing(spec, data, runtime, say)
 
 
 @contextlib.contextmanager
@@ -234,16 +223,20 @@ class _Driver:
 
         def leave(reason: str) -> None:
             self.say(reason)
-            ledger.flush(LAST_FLUSH_S)
-            os._exit(1)
+            try:
+                ledger.flush(LAST_FLUSH_S)
+            finally:
+                os._exit(1)
 
         with head_watched(on_lost=leave), store_server(self.path / checkpoints) as server:
             try:
                 with self.interrupts.deferred():
                     yield server
             finally:
-                ledger.flush(LAST_FLUSH_S)
-                ledger.close()
+                try:
+                    ledger.flush(LAST_FLUSH_S)
+                finally:
+                    ledger.close()
 
     def _rounds(
         self,

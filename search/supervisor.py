@@ -18,7 +18,7 @@ from search.results import STUDY_FILE, Study
 from search.spec import StudySpec
 from search.storage import Location, location
 
-VAESEARCH = (sys.executable, "-m", "search.cli")
+VAESEARCH = (sys.executable, "-P", "-m", "search.cli")  # -P: no module of the working directory
 STORAGE_VARIABLE = "VAESEARCH_STORAGE"
 DEFAULT_STORAGE = "~/vaesearch-studies"
 SUPERVISED_VARIABLE = "VAESEARCH_SUPERVISED"

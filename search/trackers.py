@@ -130,6 +130,8 @@ class _Tracker(StudyEvents):
                 lines = str(error).strip().splitlines()
                 reason = lines[0] if lines else type(error).__name__
                 self._say(f"{self._name}: {reason[:200]}; nothing more is sent there, the ledger has it")
+                with contextlib.suppress(Exception):  # here, where the wait is bounded, and not as Python ends
+                    self._backend.close()
                 return
 
 

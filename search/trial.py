@@ -56,7 +56,7 @@ class VaeTrial(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        from search.attempt import Ended, what_ended
+        from search.attempt import Ended, is_of_the_machine, what_ended
 
         ended = Ended("ok")
         try:
@@ -64,6 +64,8 @@ class VaeTrial(tune.Trainable):
             if self._attempt.is_final and (reason := self._attempt.collapse()):
                 ended = Ended("collapsed", reason)
         except Exception as error:  # nothing may be lost
+            if is_of_the_machine(error):
+                raise  # which ends this worker
             ended = what_ended(error)
         return self._result(ended)
 

@@ -71,7 +71,7 @@ PROBE = dedent(
         kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")}
         kept["RAY_gcs_server_port_wait_time_s"] = "2"  # tries; else 20
         done = subprocess.run(
-            [sys.executable, "-c", code], env=kept | variables, capture_output=True, text=True, timeout=60
+            [sys.executable, "-c", code], env=kept | variables, capture_output=True, text=True, timeout=200
         )
         return done.returncode == 0, done.stdout + done.stderr
 
@@ -81,7 +81,7 @@ PROBE = dedent(
         import ray
 
         report["runtime"] = [runtime.address, runtime.num_cpus, runtime.num_gpus]
-        ray.get(ray.remote(lambda: None).remote())  # now there is a worker
+        report["modules_from"] = ray.get(ray.remote(lambda: sys.path).remote())  # now there is a worker
         mine = below(os.getpid())
         report["commands"] = [name(pid) for pid in mine]
         report["listening"] = listening(mine)
@@ -100,7 +100,7 @@ PROBE = dedent(
     report["connected_after"] = ray.is_initialized()
     report["environment"] = {k: [before.get(k), os.environ.get(k)] for k in {**before, **os.environ}
                              if before.get(k) != os.environ.get(k)}
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while len(left := below(os.getpid())) > 1 and time.monotonic() < deadline:
         time.sleep(0.1)
     report["left"] = [name(pid) for pid in (left | {p for p in mine if stat(p)[1] not in (None, "Z")}) - {os.getpid()}]
@@ -124,7 +124,7 @@ def in_a_process(code: str, home: Path, **variables: str) -> subprocess.Complete
         cwd=home,
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=400,
     )
 
 
@@ -166,6 +166,11 @@ def test_a_private_ray_lets_nobody_in_without_its_token(report):
 def test_a_private_ray_writes_nothing_into_the_home_of_its_user(report, home):
     assert report["runtime"][0] == "local"
     assert list(home.iterdir()) == []
+
+
+def test_no_module_of_the_working_directory_is_taken_for_one_of_ours(report, home):
+    assert str(home) not in report["modules_from"]
+    assert "" not in report["modules_from"]
 
 
 def test_a_private_ray_leaves_environment_and_processes_as_they_were(report):

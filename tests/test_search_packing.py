@@ -5,7 +5,7 @@ import pytest
 from cluster.resources import Packing
 from cluster.runtime import Node, Runtime
 from search import packing
-from search.packing import Memory, largest_configuration, measured_packing
+from search.packing import Memory, largest_configuration, measured_packing, packing_for
 from search.spec import StudySpec
 from search.study import run_study
 from vae.config import DataConfig
@@ -66,6 +66,17 @@ def test_auto_without_a_gpu_is_a_search_on_cpus(ray_here, tmp_path, small_spec):
     assert any("there is no GPU" in line for line in said)
     assert {(row["gpus"], tuple(row["gpu_ids"])) for row in study.attempts().to_pylist()} == {(0.0, ())}
     assert {row.device for row in study.rows()} == {"cpu"}
+
+
+def test_gpus_that_nobody_asked_for_are_told_of(digits):
+    said: list[str] = []
+    with_gpu = Runtime("local", (Node("a", "here", "127.0.0.1", 8, 1),))
+    assert packing_for(spec(resources={"gpus_per_trial": 0}), digits, with_gpu, said.append) is None
+    assert "--gpus-per-trial auto" in said.pop()
+    assert packing_for(spec(resources={"gpus_per_trial": 0.5}), digits, with_gpu, said.append) is None
+    without = Runtime("local", (Node("a", "here", "127.0.0.1", 8, 0),))
+    assert packing_for(spec(resources={"gpus_per_trial": 0}), digits, without, said.append) is None
+    assert said == []
 
 
 @pytest.mark.gpu

@@ -530,6 +530,23 @@ def test_a_trial_that_runs_out_of_memory_in_a_later_attempt_has_the_penalty_of_w
     assert (first.row(1).objective, first.row(1).num_parameters) == (NO_LATENT + PENALTY, 100)
 
 
+def test_an_attempt_that_goes_over_known_epochs_takes_nothing_back(tmp_path):
+    """And the penalty of its end comes behind all that the sampler was told, in a study rebuilt from the ledger too."""
+    first = Desk(tmp_path / "s")
+    first.end(first.ask()[0], result(curve(1, 6), final=True))
+    trial_id, _ = first.ask()
+    first.searcher.on_trial_result(trial_id, result(curve(1, 5)))
+    trial_id = first.try_again(trial_id, RuntimeError("killed"))
+    first.searcher.on_trial_result(trial_id, result(curve(1, 2), from_epoch=2))
+    assert first.row(1).epochs == 5
+    first.lose(trial_id, OutOfMemoryError("Task was killed due to the node running low on memory."))
+    row, told = first.row(1), first.told(1)
+    assert (row.status, row.epochs, row.val_nelbo) == ("oom", 5, curve(1, 5)[5])
+    assert told.intermediate_values == {**curve(1, 5), 6: NO_LATENT + PENALTY}
+    assert [epochs for *_, epochs in attempts(first, 1)][:2] == [5, 2]
+    assert essence(first.reborn(tmp_path / "later").told(1)) == essence(told)
+
+
 # ---- the ledger
 
 

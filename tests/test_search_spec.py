@@ -226,7 +226,7 @@ BAD_VALUES: dict[str, tuple[str, object, list[str]]] = {
     "a decoder's activation that is shared": ("space.decoder_activation", "relu", ["activation_scope", "separate"]),
     "averaging for ever": ("train.ema_decay", 1.0, ["train.ema_decay", "less than 1"]),
     "standard scores under bernoulli": ("data.scale", "standard", ["standard", "[0, 1]"]),
-    "one and a half GPUs": ("resources.gpus_per_trial", 1.5, ["gpus_per_trial", "whole"]),
+    "two GPUs": ("resources.gpus_per_trial", 2, ["gpus_per_trial", "one GPU", "0.25"]),
     "concurrency of 0": ("resources.concurrency", 0, ["concurrency", "1"]),
     "concurrency in words": ("resources.concurrency", "all", ["resources.concurrency", "auto"]),
     "no storage": ("storage.path", "", ["storage.path"]),
@@ -491,7 +491,7 @@ SPECS = section(
     scheduler=section(kind=st.just("none") | st.just("asha"), reduction_factor=st.floats(1.5, 10)),
     resources=section(
         cpus_per_trial=st.integers(1, 64),
-        gpus_per_trial=st.sampled_from([0, 0.25, 1, 2]),
+        gpus_per_trial=st.sampled_from([0, 0.25, 1, "auto"]),
         concurrency=st.just("auto") | st.integers(1, 99),
     ),
     storage=section(path=TEXT),

@@ -437,6 +437,13 @@ def test_a_batch_of_one_row_is_left_out_under_batch_normalisation(tiny):
     assert make(tiny).train_epoch().skipped_steps == 0
 
 
+def test_schedules_count_the_steps_that_are_made(tiny):
+    trainer = make(tiny, normalization="batch", max_epochs=4, kl_warmup_epochs=2)  # 41 rows in batches of 20
+    weights = [trainer.train_epoch().kl_weight for _ in range(4)]
+    assert weights[1:] == [1, 1, 1]
+    assert weights[0] == pytest.approx(0.5)
+
+
 def test_training_in_bfloat16_is_validated_in_float32_and_its_effect_is_small_and_told(digits):
     model = ModelConfig(input_dim=64, activation="silu")
     values = {}
