@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer
 from search import cli_again, cli_cluster, cli_models
 from search.cli_cluster import GOING_ON
 from search.cli_options import (
+    ANEW,
     Address,
     Assignments,
     Concurrency,
@@ -36,9 +38,13 @@ from search.cli_options import (
     StudyFile,
     Trials,
     WarmStart,
+    complete_activation,
+    complete_study,
     console,
+    ctrl_c_explained,
     is_onnx_written,
     print_json,
+    print_lines,
     say,
     spec_of,
     study_folder,
@@ -50,6 +56,7 @@ from search.status import end_with_status
 from vae.config import InputError
 
 if TYPE_CHECKING:
+    from search.comparison import Comparison
     from search.results import Study
     from search.spec import StudySpec
 
@@ -84,6 +91,7 @@ def _options(
 
 
 @app.command()
+@ctrl_c_explained(ANEW)
 def run(
     study_file: StudyFile = None,
     name: NewName = None,
@@ -127,6 +135,7 @@ def run(
 
 
 @app.command()
+@ctrl_c_explained(ANEW)
 def resume(
     study: Name,
     storage: Storage = DEFAULT_STORAGE,
@@ -166,7 +175,7 @@ def list_(
     if json:
         print_json([as_json(study) for study in studies])
     elif studies:
-        console().print(studies_table(studies))
+        console().print(studies_table(studies), soft_wrap=True)
     else:
         raise InputError(f"{storage}: there is no study there; `vaesearch run` makes one")
 
@@ -187,16 +196,25 @@ def show(
         print_json(as_json(opened))
         return
     if trials:
-        console().print(trials_table(opened.rows()))
+        console().print(trials_table(opened.rows()), soft_wrap=True)
     print_study(console(), opened)
 
 
 @app.command()
+@ctrl_c_explained("the same command begins anew")
 def compare(
-    studies: Annotated[list[str], typer.Argument(metavar="STUDY...", help="Several: one a data set, ranked over all.")],
+    studies: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="STUDY...", help="Several: one a data set, ranked over all.", autocompletion=complete_study
+        ),
+    ],
     storage: Storage = DEFAULT_STORAGE,
-    a: Annotated[str | None, typer.Option("--a", help="One activation, to be held against --b.")] = None,
-    b: Annotated[str | None, typer.Option("--b", help="The other one.")] = None,
+    a: Annotated[
+        str | None,
+        typer.Option("--a", help="One activation, to be held against --b.", autocompletion=complete_activation),
+    ] = None,
+    b: Annotated[str | None, typer.Option("--b", help="The other one.", autocompletion=complete_activation)] = None,
     importances: Annotated[
         bool, typer.Option("--importances", help="Also which parameters decided; a few seconds more.")
     ] = False,
@@ -207,13 +225,17 @@ def compare(
 
     from search.comparison import as_plain, compare, document, pair
     from search.comparison_table import print_across, print_comparison, print_pair
+    from search.progress import counting
     from search.results import open_study
 
     if (a is None) != (b is None) or (a is not None and len(studies) > 1):
         raise InputError("--a and --b go together, with one study: --a relu --b silu")
-    comparisons = [
-        compare(open_study(study_folder(storage, name)), importances=importances or json) for name in studies
-    ]
+    comparisons: list[Comparison] = []
+    with counting("studies") as count:
+        for name in studies:
+            count(len(comparisons), len(studies), name)
+            opened = open_study(study_folder(storage, name))
+            comparisons.append(compare(opened, importances=importances or json))
     first = comparisons[0]
     if a is not None and b is not None:
         found = pair(first, a, b)
@@ -255,6 +277,7 @@ def query(
 
 
 @app.command()
+@ctrl_c_explained("no page was written; the same command begins anew")
 def report(
     study: Name,
     storage: Storage = DEFAULT_STORAGE,
@@ -263,12 +286,20 @@ def report(
         typer.Option("-o", "--output", help="File or URL to write.", show_default="report.html in the study's folder"),
     ] = None,
     light: Annotated[bool, typer.Option("--light", help="Small, for mail: still figures and no script.")] = False,
+    json: Json = False,
 ) -> None:
     """One page of all that a study found, to keep, mail or print; also while it runs."""
+    from search.progress import counting
     from search.report import write_report
     from search.results import open_study
 
-    print(write_report(open_study(study_folder(storage, study)), output, light=light))
+    opened = open_study(study_folder(storage, study))
+    with counting("parts", is_even=False) as count:
+        page = write_report(opened, output, light=light, tell=count)
+    if json:
+        print_json({"study": study, "path": str(page), "light": light})
+    else:
+        print(page)
 
 
 @app.command()
@@ -285,6 +316,7 @@ def dashboard(
 
 
 @app.command()
+@ctrl_c_explained("models that were done are whole, of others there is nothing; the same command begins anew")
 def export(
     study: Name,
     storage: Storage = DEFAULT_STORAGE,
@@ -297,12 +329,15 @@ def export(
 ) -> None:
     """Write the best models into a folder, each file checked after it was written."""
     from search.checks import own_data
+    from search.progress import counting
     from search.publish import export_best
     from search.results import open_study
 
     with_onnx = is_onnx_written(onnx)
     opened = open_study(study_folder(storage, study))
-    folders = export_best(opened, own_data(opened, data, data_dir), top, to, programs=True, onnx=with_onnx)
+    with counting("models") as count:
+        own = own_data(opened, data, data_dir)
+        folders = export_best(opened, own, top, to, programs=True, onnx=with_onnx, tell=count)
     for folder in folders:
         tell_refused(folder)
     if json:
@@ -325,7 +360,7 @@ def data(
     if json:
         print_json([asdict(source) for source in sources])
     else:
-        print("\n".join(source_lines(sources)))
+        print_lines(source_lines(sources))
 
 
 @app.command()
@@ -356,7 +391,7 @@ def env(json: Json = False) -> None:
     if json:
         print_json(found)
     else:
-        print("\n".join(environment_lines(found)))
+        print_lines(environment_lines(found))
 
 
 PANELS: dict[str | None, tuple[Callable[..., None], ...]] = {
@@ -397,30 +432,35 @@ def _run(spec: "StudySpec", address: str | None, extend: int, loggers: list[str]
     with Progress() as progress, tracking(loggers or (), spec, progress.say) as trackers:
         try:
             study = run_study(spec, address=address, extend=extend, events=[progress, *trackers], say=progress.say)
-        except Interrupted as interrupted:
+        except (Interrupted, KeyboardInterrupt) as interrupted:  # the latter before the study was at work
             again = f"go on with: {shlex.join(['vaesearch', *_without_extend(sys.argv[1:])])}"
             if SUPERVISED_VARIABLE in os.environ:
                 again = GOING_ON
             progress.say(f"interrupted {progress.where()}; {again}")
-            raise typer.Exit(128 + interrupted.signum) from None
-    if study.spec.finalists.confirm:
-        _tell_verdict(study, json)
-    elif json:
-        print_json(as_json(study))
-    else:
-        print_study(console(), study)
+            signum = interrupted.signum if isinstance(interrupted, Interrupted) else signal.SIGINT
+            raise typer.Exit(128 + signum) from None
+    with ctrl_c_explained(f"all was written; vaesearch show {shlex.quote(study.name)} tells of it"):
+        if study.spec.finalists.confirm:
+            _tell_verdict(study, json)
+        elif json:
+            print_json(as_json(study))
+        else:
+            print_study(console(), study)
 
 
 def _tell_plan(spec: "StudySpec", address: str | None, extend: int, json: bool) -> None:
     from dataclasses import asdict
 
     from search.plan import plan_lines, plan_study
+    from search.progress import counting
 
-    plan = plan_study(spec, address=address, extend=extend)
+    with counting("plans") as count:
+        count(0, 1, "Ray starts, and an epoch is timed")
+        plan = plan_study(spec, address=address, extend=extend)
     if json:
         print_json(asdict(plan))
     else:
-        print("\n".join(plan_lines(plan)))
+        print_lines(plan_lines(plan))
 
 
 def _tell_verdict(study: "Study", json: bool) -> None:
@@ -440,7 +480,7 @@ def main() -> NoReturn:
     """The command; see `search.status` for how it ends."""
     remember_interrupts()
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]  # wherever it stands
-    end_with_status(lambda: app(args=arguments), is_debugging=len(arguments) < len(sys.argv) - 1)
+    end_with_status(lambda: app(args=arguments, prog_name="vaesearch"), is_debugging=len(arguments) < len(sys.argv) - 1)
 
 
 def _without_extend(arguments: list[str]) -> list[str]:

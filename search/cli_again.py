@@ -2,7 +2,6 @@
 `search.refit` for what they do."""
 
 import shlex
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,14 +11,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from search.cli_options import (
+    ANEW,
     Json,
     MovedData,
     MovedDir,
     Name,
     Onnx,
     Storage,
+    ctrl_c_explained,
     is_onnx_written,
     print_json,
+    print_lines,
     say,
     study_folder,
     tell_refused,
@@ -36,6 +38,7 @@ EPOCHS_SHOWN = 10
 Trial = Annotated[int, typer.Argument(help="Number of the trial.", min=0)]
 
 
+@ctrl_c_explained(ANEW)
 def replay(
     study: Name,
     trial: Trial,
@@ -53,20 +56,17 @@ def replay(
     from search.replay import replay as replay_trial
     from search.replay import replay_lines
 
-    try:
-        with _epochs_shown() as tell:
-            replayed = replay_trial(opened, trial, data=data, data_dir=data_dir, tell=tell)
-    except KeyboardInterrupt:
-        say("interrupted: nothing was written, and the same command begins anew")
-        raise typer.Exit(128 + signal.SIGINT) from None
+    with _epochs_shown() as tell:
+        replayed = replay_trial(opened, trial, data=data, data_dir=data_dir, tell=tell)
     if json:
         print_json(plain(replayed.document()))
     else:
-        print("\n".join([*replay_lines(replayed), *_table(replayed)]))
+        print_lines([*replay_lines(replayed), *_table(replayed)])
     if replayed.verdict == "different":
         raise typer.Exit(1)
 
 
+@ctrl_c_explained("what was trained before stays; the same command goes on with it, or begins")
 def refit(
     study: Name,
     epochs: Annotated[int, typer.Option(help="Epochs to train for; schedules span them.")],
@@ -95,7 +95,7 @@ def refit(
 
     done = 0
     try:
-        with _epochs_shown() as tell:
+        with _epochs_shown("now its files, each checked") as tell:
 
             def tell_and_count(epoch: int, of: int, metrics: "EpochMetrics") -> None:
                 nonlocal done
@@ -128,7 +128,7 @@ def refit(
 
         print_json(plain(asdict(refitted)))
     else:
-        print("\n".join(refit_lines(refitted)))
+        print_lines(refit_lines(refitted))
         print(f"next:\n  vaesearch evaluate {shlex.quote(refitted.folder)}")
 
 
@@ -154,8 +154,13 @@ def _table(replayed: "Replay") -> list[str]:
 
 
 @contextmanager
-def _epochs_shown() -> Iterator["Tell"]:
+def _epochs_shown(then: str = "") -> Iterator["Tell"]:
+    """then: what is done after the last one."""
     from search.progress import counting
 
     with counting("epochs") as count:
-        yield lambda done, total, metrics: count(done, total, f"train nelbo {metrics.train_nelbo:.3f}")
+
+        def tell(done: int, total: int, metrics: "EpochMetrics") -> None:
+            count(done, total, then if then and done == total else f"train nelbo {metrics.train_nelbo:.3f}")
+
+        yield tell

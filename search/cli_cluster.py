@@ -30,9 +30,11 @@ from search.cli_options import (
     StudyFile,
     Trials,
     console,
+    ctrl_c_explained,
     is_from_environment,
     overrides_of,
     print_json,
+    print_lines,
     say,
     spec_of,
     tell,
@@ -48,6 +50,7 @@ T = TypeVar("T")
 GOING_ON = "the same submit, without any --extend, goes on"  # an extension was noted in the study
 
 
+@ctrl_c_explained("not all was looked at; the same command begins anew")
 def doctor(
     context: typer.Context,
     study_file: StudyFile = None,
@@ -90,6 +93,7 @@ def doctor(
         raise typer.Exit(1)
 
 
+@ctrl_c_explained("vaesearch status tells whether it was submitted; the same command submits it, or finds it there")
 def submit(
     study_file: StudyFile = None,
     name: NewName = None,
@@ -157,7 +161,7 @@ def status(
     if json:
         print_json(standing.document())
     else:
-        print("\n".join(standing.lines()))
+        print_lines(standing.lines())
     if standing.state == "FAILED":
         raise typer.Exit(1)
 
@@ -188,6 +192,7 @@ def logs(
         raise typer.Exit(1)
 
 
+@ctrl_c_explained("it may have been asked to end, which vaesearch status tells; the same command asks again")
 def stop(study: JobId, address: Dashboard = None, insecure: Insecure = False, json: Json = False) -> None:
     """End a study on a cluster, once all that it found is on disk; the same submit, less an --extend, goes on."""
     from search.submit import stop as stop_study
@@ -205,16 +210,22 @@ def stop(study: JobId, address: Dashboard = None, insecure: Insecure = False, js
         say("the cluster gives a job RAY_JOB_STOP_WAIT_TIME_S seconds to end, 3 unless its head was started with more")
 
 
+@ctrl_c_explained("a copy that was here before is as it was; the same command begins anew")
 def fetch(
     study: JobId,
     to: Annotated[Path, typer.Option(help="The folder of studies to put it in.")] = Path(DEFAULT_STORAGE),
     address: Dashboard = None,
     insecure: Insecure = False,
+    json: Json = False,
 ) -> None:
     """Copy a study from a cluster to here, also while it runs; an older copy of it is replaced."""
     from search.fetch import fetch as fetch_study
 
-    print(fetch_study(_jobs(address, insecure), study, to, say))
+    folder = fetch_study(_jobs(address, insecure), study, to, say)
+    if json:
+        print_json({"id": study, "path": str(folder)})
+    else:
+        print(folder)
 
 
 def supervise(
@@ -260,7 +271,7 @@ def tell_standings(address: str | None, insecure: bool, json: bool) -> None:
     if json:
         print_json([standing.document() for standing in found])
     elif found:
-        print("\n".join(standing_lines(found)))
+        print_lines(standing_lines(found))
     else:
         print("no study there; `vaesearch submit` starts one")
 

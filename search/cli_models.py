@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from search.cli_options import DataDir, Json, MovedDir, Storage, print_json, say
+from search.cli_options import (
+    ANEW,
+    DataDir,
+    Json,
+    MovedDir,
+    Storage,
+    complete_study,
+    ctrl_c_explained,
+    print_json,
+    print_lines,
+    say,
+)
 from search.layout import DEFAULT_STORAGE
 from search.model_output import (
     LATENTS_FORMATS,
@@ -29,7 +40,12 @@ if TYPE_CHECKING:
     from vae.loaded import Model
 
 
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of an exported model, or a study: its best.")]
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="Folder of an exported model, or a study: its best.", autocompletion=complete_study
+    ),
+]
 Data = Annotated[
     str | None,
     typer.Option(help="digits, mnist, fashion-mnist or a file.", show_default="what the model was trained on"),
@@ -48,6 +64,7 @@ Output = Annotated[
 ]
 
 
+@ctrl_c_explained(ANEW)
 def evaluate(
     model: ModelName,
     data: Annotated[str | None, typer.Option(help="Data to evaluate on.", show_default="those it was made on")] = None,
@@ -89,9 +106,10 @@ def evaluate(
     if json:
         print_json(plain(evaluation.document()))
     else:
-        print("\n".join(evaluation_lines(evaluation)))
+        print_lines(evaluation_lines(evaluation))
 
 
+@ctrl_c_explained(ANEW)
 def sample(
     model: ModelName,
     n: Annotated[int, typer.Option("-n", "--number", help="How many.")] = 64,
@@ -112,6 +130,7 @@ def sample(
     _tell(write_values(opened, values, output, columns=grid_columns(n)), json)
 
 
+@ctrl_c_explained(ANEW)
 def reconstruct(
     model: ModelName,
     data: Data = None,
@@ -145,6 +164,7 @@ def reconstruct(
     _tell(written, json)
 
 
+@ctrl_c_explained(ANEW)
 def encode(
     model: ModelName,
     data: Data = None,
@@ -171,6 +191,7 @@ def encode(
     _tell(write_columns(table, to), json)
 
 
+@ctrl_c_explained(ANEW)
 def decode(
     model: ModelName,
     latents: Annotated[
@@ -195,6 +216,7 @@ def decode(
     _tell(write_values(opened, values, output, beside={ROW: found.row}, columns=columns), json)
 
 
+@ctrl_c_explained(ANEW)
 def interpolate(
     model: ModelName,
     start: Annotated[int, typer.Option("--from", metavar="ROW", help="The row to begin with, counted from 0.")],
@@ -223,6 +245,7 @@ def interpolate(
     _tell(write_values(opened, values, output, beside=beside, columns=steps), json)
 
 
+@ctrl_c_explained(ANEW)
 def traverse(
     model: ModelName,
     dims: Annotated[str | None, typer.Option(help="Which latents: 0,3,5.", show_default="all")] = None,
@@ -298,6 +321,7 @@ def _progress(total: int) -> Iterator["Progress"]:
         count(done, total)
 
     with counting("rows") as count, _warnings_said():
+        count(0, total)
         yield tell
 
 

@@ -1,20 +1,44 @@
 """What the commands of the shell share: their options, and how they speak. Answers go to stdout, the rest to stderr."""
 
+import signal
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from vae.config import InputError
+from search.layout import DEFAULT_STORAGE, study_folders
+from vae.config import ActivationName, InputError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from search.spec import StudySpec
     from search.storage import Location
 
+
+ANEW = "nothing was written; the same command begins anew"
+"""What Ctrl-C leaves of a command that writes at its end."""
+
+
+def complete_study(context: typer.Context, incomplete: str) -> list[str]:
+    """For the shell: the studies that begin so. None behind a URL, which would take a while to answer."""
+    storage = context.params.get("storage") or DEFAULT_STORAGE
+    if "://" in storage:
+        return []
+    names = (folder.name for folder in study_folders(Path(storage).expanduser()))
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def complete_activation(incomplete: str) -> list[str]:
+    return [name for name in get_args(ActivationName) if name.startswith(incomplete)]
+
+
 Storage = Annotated[str, typer.Option(help="Folder or URL of the studies.", envvar="VAESEARCH_STORAGE")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-Name = Annotated[str, typer.Argument(help="Name of the study.")]
+Name = Annotated[str, typer.Argument(help="Name of the study.", autocompletion=complete_study)]
 MovedData = Annotated[str | None, typer.Option("--data", help="The data, if they have moved.")]
 MovedDir = Annotated[str | None, typer.Option("--data-dir", help="Folder with the idx files, if it has moved.")]
 StudyFile = Annotated[Path | None, typer.Argument(help="A study file, TOML or YAML; none: the defaults.")]
@@ -134,10 +158,30 @@ def _assignments(texts: list[str]) -> dict[str, object]:
     return pairs
 
 
-def console() -> Any:
-    from rich.console import Console
+def console() -> "Console":
+    from search.terminal import make_console
 
-    return Console(highlight=False)
+    return make_console()
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """For people: as wide as the terminal, and a line each where there is none."""
+    from search.terminal import room, wrapped
+
+    width = room(sys.stdout)
+    for line in lines:
+        print(line if width is None else wrapped(line, width))
+
+
+@contextmanager
+def ctrl_c_explained(what: str) -> Iterator[None]:
+    """Here, or in a function that this decorates, Ctrl-C ends the command with how far it was, and with `what` there is
+    of it and goes on."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        say(" ".join(["interrupted", *getattr(interrupt, "__notes__", ())]) + f": {what}")
+        raise typer.Exit(128 + signal.SIGINT) from None
 
 
 def print_json(value: object) -> None:

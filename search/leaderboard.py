@@ -1,18 +1,18 @@
 """What a study found, for a terminal and as plain values for JSON."""
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from search.output import plain
 from search.progress import activation_text, duration, hidden_text, params_text, shapes_differ
 from search.results import Study, Summary, storage_flag
 from search.tables import TrialRow
+from search.terminal import Column, Table, print_text
 from vae.data import SourceStatus
 
 LEADERS_SHOWN = 5
@@ -28,30 +28,34 @@ TEXT_COLUMNS = (
     "study",
     "data",
 )
+LONG_COLUMN = "parameters"  # below its row where it does not fit
+
+T = TypeVar("T")
 
 
 def print_study(console: Console, study: Study) -> None:
     """Leaders, the best of each activation, what early stopping saved, and what to type next."""
     summary = study.summary()
-    console.print(f"[bold]{summary.name}[/bold]: {_counts(summary)}")
+    print_text(console, f"{summary.name}: {_counts(summary)}", marks={summary.name: "bold"})
     if summary.train_objective != "elbo":
-        console.print(ADVERSARIAL, soft_wrap=True)
+        print_text(console, ADVERSARIAL)
     if summary.best is None:
-        console.print(_no_verdict(summary), soft_wrap=True)
+        print_text(console, _no_verdict(summary))
     else:
-        console.print(_verdict(summary), soft_wrap=True)
-        console.print(_leaders_table(summary))
+        print_text(console, _verdict(summary), marks={f"{summary.best.ranks_by:.3f}": "bold green"})
+        console.print(_leaders_table(summary), soft_wrap=True)
     if summary.activations:
-        console.print(_activations_table(summary))
-    console.print("\n".join(_costs(summary)))
+        console.print(_activations_table(summary), soft_wrap=True)
+    for line in _costs(summary):
+        print_text(console, line)
     print_next(console, study, summary)
 
 
 def print_next(console: Console, study: Study, summary: Summary) -> None:
-    """Where the models are, and what to type next."""
+    """Where the models are, and what to type next: whole, to be copied."""
     for folder in study.model_folders():
-        console.print(f"model: {folder}", soft_wrap=True)
-    console.print("\n".join(["next:", *next_commands(study, summary)]), soft_wrap=True, style="dim")
+        console.print(Text(f"model: {folder}"), soft_wrap=True)
+    console.print(Text("\n".join(["next:", *next_commands(study, summary)]), style="dim"), soft_wrap=True)
 
 
 def as_json(study: Study) -> dict[str, Any]:
@@ -78,27 +82,38 @@ def next_commands(study: Study, summary: Summary) -> Iterator[str]:
         yield f"  vaesearch export {name}{where} --top 1 --to model"
 
 
-def trials_table(rows: list[TrialRow]) -> Table:
+def trials_table(rows: Sequence[TrialRow]) -> Table:
     """Every trial, a line each."""
-    table = _table("trial", "state", "status", "nelbo", "epochs", "parameters")
     with_shape = shapes_differ(rows)
-    for row in rows:
-        epochs, params = f"{row.epochs}/{row.max_epochs}", params_text(row, with_shape)
-        table.add_row(str(row.trial), row.state, row.status or "", _nats(row.val_nelbo), epochs, params)
-    return table
+    return _table(
+        rows,
+        {
+            "trial": lambda row: str(row.trial),
+            "state": lambda row: row.state,
+            "status": lambda row: row.status or "",
+            "nelbo": lambda row: _nats(row.val_nelbo),
+            "epochs": lambda row: f"{row.epochs}/{row.max_epochs}",
+            "parameters": lambda row: params_text(row, with_shape),
+        },
+    )
 
 
-def studies_table(studies: list[Study]) -> Table:
+def studies_table(studies: Sequence[Study]) -> Table:
     """The studies of a folder, a line each."""
-    table = _table("study", "data", "trials", "best", "parameters")
-    for study in studies:
-        summary, source = study.summary(), study.spec.data.source
-        done = f"{summary.ended}/{summary.trials}"
-        best = summary.best if summary.train_objective == "elbo" else None
-        table.add_row(
-            study.name, source, done, _nats(best.val_nelbo if best else None), params_text(best) if best else ""
-        )
-    return table
+
+    def best_of(summary: Summary) -> TrialRow | None:
+        return summary.best if summary.train_objective == "elbo" else None
+
+    return _table(
+        [(study, study.summary()) for study in studies],
+        {
+            "study": lambda of: of[0].name,
+            "data": lambda of: of[0].spec.data.source,
+            "trials": lambda of: f"{of[1].ended}/{of[1].trials}",
+            "best": lambda of: _nats(best.val_nelbo if (best := best_of(of[1])) else None),
+            "parameters": lambda of: params_text(best) if (best := best_of(of[1])) else "",
+        },
+    )
 
 
 def source_lines(sources: list[SourceStatus]) -> Iterator[str]:
@@ -116,12 +131,12 @@ def _verdict(summary: Summary) -> str:
     assert best is not None
     assert best.val_nelbo is not None
     if best.train_objective != "elbo":
-        return f"best reconstructions: [bold green]{best.ranks_by:.3f}[/] squared error per example, trial {best.trial}"
+        return f"best reconstructions: {best.ranks_by:.3f} squared error per example, trial {best.trial}"
     against = ""
     if summary.no_latent_nelbo is not None:
         gain = summary.no_latent_nelbo - best.val_nelbo
         against = f", {gain:.2f} below a model that ignores its latents ({summary.no_latent_nelbo:.2f})"
-    return f"best: [bold green]{best.val_nelbo:.3f}[/] nats per example, trial {best.trial}{against}"
+    return f"best: {best.val_nelbo:.3f} nats per example, trial {best.trial}{against}"
 
 
 def _no_verdict(summary: Summary) -> str:
@@ -135,42 +150,42 @@ def _no_verdict(summary: Summary) -> str:
 
 def _leaders_table(summary: Summary) -> Table:
     leaders = summary.leaders[:LEADERS_SHOWN]
-    figures = {
-        "rank": lambda rank, row: str(rank),
-        "trial": lambda rank, row: str(row.trial),
-        "error": lambda rank, row: _nats(row.ranks_by),
-        "nelbo": lambda rank, row: _nats(row.val_nelbo),
-        "recon": lambda rank, row: _nats(row.val_recon),
-        "kl": lambda rank, row: _nats(row.val_kl),
-        "active": lambda rank, row: f"{row.active_units}/{row.latent_dim}",
-        "activation": lambda rank, row: activation_text(row),
-        "lr": lambda rank, row: f"{row.learning_rate:.1e}",
-        "dropout": lambda rank, row: f"{row.dropout:.2f}",
+    ranks = {row.trial: str(rank) for rank, row in enumerate(leaders, start=1)}
+    figures: dict[str, Callable[[TrialRow], str]] = {
+        "rank": lambda row: ranks[row.trial],
+        "trial": lambda row: str(row.trial),
+        "error": lambda row: _nats(row.ranks_by),
+        "nelbo": lambda row: _nats(row.val_nelbo),
+        "recon": lambda row: _nats(row.val_recon),
+        "kl": lambda row: _nats(row.val_kl),
+        "active": lambda row: f"{row.active_units}/{row.latent_dim}",
+        "activation": activation_text,
+        "lr": lambda row: f"{row.learning_rate:.1e}",
+        "dropout": lambda row: f"{row.dropout:.2f}",
     }
     if summary.train_objective == "elbo":
         del figures["error"]
     if len({tuple(row.hidden_dims) for row in leaders}) > 1:
-        figures["hidden"] = lambda rank, row: hidden_text(row)
+        figures["hidden"] = hidden_text
     if len({row.batch_size for row in leaders}) > 1:
-        figures["batch"] = lambda rank, row: str(row.batch_size)
-    table = _table(*figures)
-    for rank, row in enumerate(leaders, start=1):
-        table.add_row(*(figure(rank, row) for figure in figures.values()))
-    return table
+        figures["batch"] = lambda row: str(row.batch_size)
+    return _table(leaders, figures)
 
 
 def _activations_table(summary: Summary) -> Table:
-    table = _table("activation", "trials", "full", "stopped", "failed", "best", "trial", "lr")
-    for entry in summary.activations:
-        best = entry.best
-        figures = (str(entry.trials), str(entry.full), str(entry.stopped), str(entry.failed))
-        if best is None:
-            table.add_row(entry.activation, *figures, "", "", "")
-        else:
-            table.add_row(
-                entry.activation, *figures, _nats(best.ranks_by), str(best.trial), f"{best.learning_rate:.1e}"
-            )
-    return table
+    return _table(
+        summary.activations,
+        {
+            "activation": lambda entry: entry.activation,
+            "trials": lambda entry: str(entry.trials),
+            "full": lambda entry: str(entry.full),
+            "stopped": lambda entry: str(entry.stopped),
+            "failed": lambda entry: str(entry.failed),
+            "best": lambda entry: _nats(entry.best.ranks_by if entry.best else None),
+            "trial": lambda entry: str(entry.best.trial) if entry.best else "",
+            "lr": lambda entry: f"{entry.best.learning_rate:.1e}" if entry.best else "",
+        },
+    )
 
 
 def counts(summary: Summary) -> dict[str, int]:
@@ -198,12 +213,13 @@ def _costs(summary: Summary) -> Iterator[str]:
         yield f"{summary.restarts} times a trial was started again; the attempts table says why"
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0))
-    for column in columns:
-        left = column in TEXT_COLUMNS
-        table.add_column(column, justify="left" if left else "right", overflow="fold", no_wrap=column != "parameters")
-    return table
+def _table(rows: Sequence[T], figures: Mapping[str, Callable[[T], str]]) -> Table:
+    """A line a row. figures: what stands in the columns, by their headers."""
+    columns = [
+        Column(name, [figure(row) for row in rows], is_text=name in TEXT_COLUMNS, is_long=name == LONG_COLUMN)
+        for name, figure in figures.items()
+    ]
+    return Table(columns)
 
 
 def _nats(value: float | None) -> str:

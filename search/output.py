@@ -4,6 +4,7 @@ import io
 import json
 import math
 import sys
+import textwrap
 from collections.abc import Callable
 from datetime import date, datetime
 from decimal import Decimal
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from search.sql import Rows
+from search.terminal import room
 from vae.config import InputError
 
 if TYPE_CHECKING:
@@ -30,8 +32,11 @@ def write_table(table: "pa.Table", format: str, output: Path | None) -> None:
 
 
 def write_rows(rows: Rows, output: Path | None) -> None:
-    """As a table for people."""
-    _put(_as_lines(rows), output)
+    """As a table for people; in a terminal that it does not fit, a line a value."""
+    table, width = _as_lines(rows), room(sys.stdout) if output is None else None
+    if width is not None and rows.rows and max(map(len, table.decode().split("\n"))) > width:
+        table = _as_blocks(rows, width)
+    _put(table, output)
 
 
 def _put(content: bytes, output: Path | None) -> None:
@@ -63,6 +68,24 @@ def _as_lines(rows: Rows) -> bytes:
             lines.append("   ".join(cut).rstrip())
     lines.insert(1, "─" * (sum(widths) + 3 * (len(widths) - 1)))
     return "\n".join(lines).encode() + b"\n"
+
+
+def _as_blocks(rows: Rows, width: int) -> bytes:
+    """A line a value, below the number of its row: numbers are whole, and text is broken between words."""
+    widest, lines = max(map(len, rows.columns)), []
+    for number, row in enumerate(rows.rows, start=1):
+        lines.append(f"── {number} ".ljust(min(width, widest + 20), "─"))
+        for name, value in zip(rows.columns, row, strict=True):
+            texts = _cell(value).splitlines() or [""]
+            if not _is_number(value):
+                texts = [line for text in texts for line in _folded(text, width - widest - 2)]
+            names = [name, *[""] * (len(texts) - 1)]
+            lines += [f"{name.ljust(widest)}  {text}".rstrip() for name, text in zip(names, texts, strict=True)]
+    return "\n".join(lines).encode() + b"\n"
+
+
+def _folded(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, max(width, 1), break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def _is_number(value: object) -> bool:

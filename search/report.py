@@ -42,8 +42,27 @@ MAX_REASONS = 25  # that differ
 
 T = TypeVar("T")
 
+PARTS = (
+    "the comparison",
+    "figures of activations",
+    "figures of the search",
+    "figures of parameters",
+    "figures of models",
+    "figures of cost",
+    "the page",
+)
+"""In the order in which they are made."""
 
-def write_report(study: Study, output: str | Location | None = None, *, light: bool = False) -> Location:
+Tell = Callable[[int, int, str], None]
+"""Hears of how many parts how many are done, and which is being made."""
+
+
+def _untold(done: int, total: int, note: str) -> None: ...
+
+
+def write_report(
+    study: Study, output: str | Location | None = None, *, light: bool = False, tell: Tell = _untold
+) -> Location:
     """Write the page, whole or not at all, and return where: by default the study's folder, or, where the study lies
     on remote storage, `<study>.html` in the working directory. Raises InputError if it cannot be written there.
     """
@@ -54,7 +73,7 @@ def write_report(study: Study, output: str | Location | None = None, *, light: b
         target = location(output)
     if isinstance(target, Path) and target.is_dir():
         raise InputError(f"{target}: is a folder; name a file in it with -o")
-    content = report_html(study, light=light).encode()
+    content = report_html(study, light=light, tell=tell).encode()
     try:
         write_atomically(target, content)
     except OSError as error:
@@ -62,12 +81,17 @@ def write_report(study: Study, output: str | Location | None = None, *, light: b
     return target
 
 
-def report_html(study: Study, *, light: bool = False) -> str:
+def report_html(study: Study, *, light: bool = False, tell: Tell = _untold) -> str:
     """The page as text; light: without any script, and small."""
     study = Snapshot(study.path)
+    tell(0, len(PARTS), PARTS[0])
     comparison = compare(study) if study.spec.train.objective == "elbo" else None
     rows, summary = study.rows(), study.summary()
-    sections = list(_sections(study, comparison))
+    tell(1, len(PARTS), PARTS[1])
+    sections = []
+    for done, section in enumerate(_sections(study, comparison), start=2):
+        sections.append(section)
+        tell(done, len(PARTS), PARTS[done])
     table = trial_table(rows)
     shown, too_large = pictures(study, summary.leaders, light)
     scripts = [] if light else [_plotly(), _template_text("report.js")]

@@ -1,7 +1,9 @@
 """The command line: what is wrong is told in a line or three before anything is written, what is right is on stdout."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +18,8 @@ import pytest
 import typer
 from test_search_ledger import epoch_row, trial_row
 
+import search.cli_cluster
+import search.fetch
 from search import cli
 from search.ledger import Ledger
 from search.results import write_study_file
@@ -25,6 +29,12 @@ from vae.config import InputError
 PROVENANCE = {"created_at": datetime(2026, 3, 1, tzinfo=UTC), "data_fingerprint": "f00"}
 ALL = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
 COMMANDS = sorted(name for name, command in ALL.items() if not command.hidden)
+WITHOUT_JSON = {
+    "init": "prints a study file",
+    "query": "has --format json",
+    "logs": "prints what a driver has said",
+    "dashboard": "serves a page until it is interrupted",
+}
 README_SQL = "SELECT activation, min(val_nelbo) FROM trials GROUP BY 1 ORDER BY 2"
 
 
@@ -335,6 +345,37 @@ def test_list_json_of_nothing_is_an_empty_document(vaesearch):
     assert vaesearch("list", "--json") == Said(0, "[]\n", "")
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_takes_json_but_those_with_a_reason_not_to(command):
+    options = {option for parameter in ALL[command].params for option in parameter.opts}
+    assert ("--json" in options) == (command not in WITHOUT_JSON)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["list"], ["show", "digits"], ["compare", "digits"], ["report", "digits", "--light"], ["data"], ["env"]],
+)
+def test_json_is_the_one_thing_on_stdout(arguments, vaesearch, studies):
+    said = vaesearch(*arguments, "--json")
+    assert (said.code, said.err) == (0, "")
+    assert isinstance(json.loads(said.out), dict | list)
+    assert said.out.endswith("\n")
+
+
+@pytest.mark.parametrize("command", ["show none", "compare none", "report none", "export none", "replay none 0"])
+def test_errors_with_json_are_told_as_without(command, vaesearch, studies):
+    complaint = refused(vaesearch, *command.split(), "--json")
+    assert "studies in studies: digits, fresh" in complaint
+    assert complaint == refused(vaesearch, *command.split())
+
+
+def test_fetch_json_says_where_the_copy_is(vaesearch, monkeypatch):
+    monkeypatch.setattr(search.cli_cluster, "_jobs", lambda address, insecure: None)
+    monkeypatch.setattr(search.fetch, "fetch", lambda jobs, study, to, say: to / study)
+    assert json.loads(vaesearch("fetch", "digits", "--json").out) == {"id": "digits", "path": "studies/digits"}
+    assert vaesearch("fetch", "digits") == Said(0, "studies/digits\n", "")
+
+
 def test_query_answers_in_every_format(vaesearch, studies):
     wanted = [("silu", 88.25), ("relu", 90.5), ("tanh", 99.0), ("elu", None)]
     said = vaesearch("query", README_SQL)
@@ -430,6 +471,70 @@ def test_a_run_on_other_data_than_the_stored_study_is_refused(vaesearch, studies
     assert "other data" in refused(vaesearch, "run", "--trials", 5)
 
 
+# ---- completion
+
+
+def completed(vaesearch: Command, monkeypatch: pytest.MonkeyPatch, line: str) -> list[str]:
+    """What bash offers for the last word of a line."""
+    typed = line.split(" ")
+    with monkeypatch.context() as patch:
+        patch.setenv("_VAESEARCH_COMPLETE", "complete_bash")
+        patch.setenv("COMP_WORDS", line)
+        patch.setenv("COMP_CWORD", str(len(typed) - 1))
+        said = vaesearch()
+    assert (said.code, said.err) == (0, "")
+    return said.out.split()
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("vaesearch sh", ["show"]),
+        ("vaesearch show ", ["digits", "fresh"]),
+        ("vaesearch show d", ["digits"]),
+        ("vaesearch resume f", ["fresh"]),
+        ("vaesearch export x", []),
+        ("vaesearch replay d", ["digits"]),
+        ("vaesearch sample d", ["digits"]),
+        ("vaesearch compare digits f", ["fresh"]),
+        ("vaesearch compare digits --a sil", ["silu"]),
+        ("vaesearch compare digits --a silu --b leaky", ["leaky_relu"]),
+        ("vaesearch show --storage elsewhere ", ["other"]),
+        ("vaesearch show --storage s3://bucket/studies ", []),
+        ("vaesearch show --storage none ", []),
+        ("vaesearch status d", []),  # of a cluster
+    ],
+)
+def test_the_shell_completes_commands_studies_and_activations(line, offered, vaesearch, studies, monkeypatch):
+    Path("elsewhere/other").mkdir(parents=True)
+    Path("elsewhere/other/study.toml").touch()
+    assert completed(vaesearch, monkeypatch, line) == offered
+
+
+def test_the_shell_completes_from_the_storage_of_the_environment(vaesearch, studies, monkeypatch):
+    studies.rename("elsewhere")
+    monkeypatch.setenv("VAESEARCH_STORAGE", "elsewhere")
+    assert completed(vaesearch, monkeypatch, "vaesearch show ") == ["digits", "fresh"]
+
+
+def test_bash_completes_with_the_script_that_the_command_prints(studies):
+    command = Path(sys.executable).with_name("vaesearch")
+    bash = shutil.which("bash")
+    if not command.exists() or bash is None:
+        pytest.skip("the package is not installed beside this Python, or there is no bash")
+    script = """
+        eval "$(_VAESEARCH_COMPLETE=source_bash vaesearch)"
+        COMP_WORDS=(vaesearch show d) COMP_CWORD=2
+        _vaesearch_completion vaesearch
+        echo "${COMPREPLY[@]}"
+        complete -p vaesearch
+    """
+    environment = {**os.environ, "PATH": f"{command.parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run([bash, "--norc", "-c", script], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.splitlines() == ["digits", "complete -o default -F _vaesearch_completion vaesearch"]
+    assert done.stderr == ""
+
+
 # ---- light
 
 IN_A_PROCESS = """
@@ -462,6 +567,15 @@ def test_what_trains_nothing_loads_neither_torch_nor_ray_nor_optuna(arguments, s
     modules = set(done.stderr.split())
     assert "search.cli" in modules
     assert not modules & {"torch", "ray", "optuna", "sklearn"}
+
+
+def test_completion_loads_nothing_heavy(studies):
+    asked = {"_VAESEARCH_COMPLETE": "complete_bash", "COMP_WORDS": "vaesearch show d", "COMP_CWORD": "2"}
+    command = [sys.executable, "-c", IN_A_PROCESS]
+    done = subprocess.run(command, env=os.environ | asked, capture_output=True, text=True, check=True)
+    assert done.stdout == "digits\n"
+    heavy = {"torch", "ray", "optuna", "sklearn", "numpy", "pyarrow", "duckdb", "rich.console"}
+    assert not set(done.stderr.split()) & heavy
 
 
 def test_the_installed_command_runs_and_exits_with_its_status(studies: Any) -> None:

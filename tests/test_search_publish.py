@@ -1,7 +1,9 @@
 """Exported models: read back elsewhere they give the value in the ledger; what doesn't is not announced."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+import search.interrupts
 import search.publish
 import vae
 from search import cli
@@ -292,6 +295,26 @@ def test_the_command_writes_programs_and_tells_how_to_get_onnx(small_study, monk
     }  # fmt: skip
     assert set(export.read_config(folder)["files"]) == {"encoder.pt2", "decoder.pt2"}
     assert len(judged(folder)) == 1
+
+
+def test_how_far_an_export_is_is_told_and_ctrl_c_leaves_whole_models_alone(copy, monkeypatch, tmp_path, in_process):
+    save, told = export.save, []
+
+    def interrupted_in_the_second(model: VAE, path: Path, **more: object) -> None:
+        if told:
+            os.kill(os.getpid(), signal.SIGINT)
+        told.append(path.name)
+        save(model, path, **(more | {"programs": False}))
+
+    monkeypatch.setattr(search.publish.export, "save", interrupted_in_the_second)
+    monkeypatch.setattr(search.interrupts, "_swallowed", [])  # or it would end the next study of this process
+    where = ("--storage", copy.path.parent, "--to", tmp_path / "mine", "--no-onnx")
+    code, out, err = in_process("export", copy.name, *where, "--top", 2)
+    first, _ = copy.model_folders()
+    assert (code, out) == (130, "")
+    assert err.splitlines()[-1].startswith("vaesearch: interrupted with 1 of 2 models done: models that were done are")
+    assert [folder.name for folder in (tmp_path / "mine").iterdir()] == [first.name]
+    assert len(judged(tmp_path / "mine" / first.name)) == 1
 
 
 def test_what_the_command_refused_is_told(copy, monkeypatch, tmp_path, capsys):

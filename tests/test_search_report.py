@@ -3,7 +3,9 @@
 import base64
 import hashlib
 import json
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -18,7 +20,8 @@ from report_studies import made_up_study, write_tables
 from test_search_ledger import NOON, epoch_row, trial_row
 from test_search_results import make_study
 
-from search.report import Snapshot, report_html, write_report
+import search.interrupts
+from search.report import PARTS, Snapshot, report_html, write_report
 from search.results import Study
 from search.storage import location
 from search.tables import AttemptRow
@@ -281,7 +284,7 @@ def test_the_table_has_the_best_first_and_leaves_out_what_tells_nothing():
 
 
 def test_the_page_is_put_in_the_studys_folder_or_where_asked(tmp_path, study, monkeypatch):
-    monkeypatch.setattr("search.report.report_html", lambda study, light: f"page, light {light}")
+    monkeypatch.setattr("search.report.report_html", lambda study, light, tell: f"page, light {light}")
     assert write_report(study) == study.path / "report.html"
     assert (study.path / "report.html").read_text() == "page, light False"
     asked = tmp_path / "a b.html"
@@ -291,7 +294,7 @@ def test_the_page_is_put_in_the_studys_folder_or_where_asked(tmp_path, study, mo
 
 
 def test_a_place_that_cannot_be_written_is_the_users_to_mend(tmp_path, study, monkeypatch):
-    monkeypatch.setattr("search.report.report_html", lambda study, light: "page")
+    monkeypatch.setattr("search.report.report_html", lambda study, light, tell: "page")
     with pytest.raises(InputError, match=r"name a file in it with -o"):
         write_report(study, tmp_path)
     with pytest.raises(InputError, match=r"nowhere.*No such file or directory; name another file with -o"):
@@ -310,6 +313,28 @@ def test_the_page_of_a_study_behind_a_url_is_put_here_or_where_asked(s3_url, tmp
     assert Path("remote.html").stat().st_size > 10_000
     target = write_report(study, study.path / "page.html", light=True)
     assert "remote" in target.read_text()
+
+
+def test_how_far_the_page_is_is_told_part_by_part(tmp_path):
+    study, told = made_up_study(tmp_path / "s", trials=4, compared=False), []
+    write_report(study, light=True, tell=lambda *part: told.append(part))
+    assert told == [(done, len(PARTS), part) for done, part in enumerate(PARTS)]
+
+
+def test_ctrl_c_leaves_the_page_as_it_was_and_says_so(tmp_path, monkeypatch, in_process):
+    study = made_up_study(tmp_path / "s", trials=4, compared=False)
+    (study.path / "report.html").write_text("as it was")
+
+    def interrupted(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("search.report.pictures", interrupted)
+    monkeypatch.setattr(search.interrupts, "_swallowed", [])  # or it would end the next study of this process
+    code, out, err = in_process("report", "s", "--storage", tmp_path)
+    assert (code, out) == (130, "")
+    assert err == ("vaesearch: interrupted with 6 of 7 parts done: no page was written; the same command begins anew\n")
+    assert (study.path / "report.html").read_text() == "as it was"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s"]
 
 
 def test_the_command_prints_where_the_page_is(tmp_path):
