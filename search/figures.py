@@ -90,6 +90,8 @@ def differences(comparison: "Comparison") -> go.Figure:
     means = {estimate.name: estimate.mean for estimate in verdict.estimates}
     leader = min(means, key=lambda name: means[name], default="")
     names: list[str] = []
+    lows: list[float] = []
+    highs: list[float] = []
     for arm in comparison.arms:
         name = arm.activation
         found = next((pair for pair in verdict.pairs if {pair.a, pair.b} == {name, leader}), None)
@@ -102,12 +104,15 @@ def differences(comparison: "Comparison") -> go.Figure:
         text += f"<br>p {p_text(found.p_value)}, after Holm {p_text(found.p_holm)}"
         figure.add_trace(_with_interval(name, sign * found.difference, low, high, len(names), text))
         names.append(name)
+        lows.append(low)
+        highs.append(high)
     if not names:
         return nothing(figure, "There is only one finalist.")
     line_at(figure, x=0)
     if verdict.rope > 0:
         band(figure, -verdict.rope, verdict.rope)
     note(figure, f"To the right of 0: worse than {leader}. The shaded band counts as equal.")
+    figure.layout.xaxis.range = padded(min(-verdict.rope, *lows), max(verdict.rope, *highs))  # 0 and the band, too
     return finish(in_rows(figure, names))
 
 

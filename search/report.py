@@ -289,7 +289,6 @@ def _activations(summary: Summary, comparison: Comparison | None) -> tuple[list[
         "settings in 1 nat": lambda arm: "" if arm.robustness is None else f"{arm.robustness:.0%}",
         "parameters": lambda arm: text_of(arm.num_parameters, "count"),
         "s an epoch": lambda arm: "" if arm.epoch_s is None else f"{arm.epoch_s:.3g}",
-        "why no finalist": lambda arm: (arm.dropped or "") if estimates else "",
     }
     cells = {name: [show(arm) for arm in comparison.arms] for name, show in columns.items()}
     kept = [name for name in columns if any(cells[name])]
