@@ -148,8 +148,9 @@ class Trainer:
         self._val_nelbo: float | None = None  # of the last epoch
         resident = _resident(data, self.device)
         self._train, self._validation, self._rows = resident.train, resident.validation, resident.rows
-        is_single = len(data.train) % train_config.batch_size == 1 < len(data.train)  # the last batch; see _batches
-        self._steps_per_epoch = math.ceil(len(data.train) / train_config.batch_size) - (is_single and self._has_statistics)
+        self._steps_per_epoch = math.ceil(len(data.train) / train_config.batch_size)
+        if self._has_statistics and len(data.train) % train_config.batch_size == 1 < len(data.train):
+            self._steps_per_epoch -= 1  # the last batch is left out: see _batches
         self._noise = fixed_noise(len(data.validation), model_config.latent_dim, data.config.seed).to(self.device)
         self._dynamic = data.config.binarize == "dynamic"
         self._seed_of_data = data.config.seed

@@ -120,7 +120,7 @@ def main() -> None:
     once, often = (statistics.median(found[n]) for n in REPORTS)
     report = max(0.0, (often - once) / (REPORTS[1] - REPORTS[0]))
     trial = max(0.0, once - REPORTS[0] * report)
-    print(f"\na trial costs the driver {trial:.1f} ms, a report {report:.2f} ms; a worker reports every {REPORT_EVERY_S:g} s")
+    print(f"\na trial costs the driver {trial:.1f} ms, a report {report:.2f} ms; one comes every {REPORT_EVERY_S:g} s")
     for length in TRIAL_S:
         busy = (trial + length / REPORT_EVERY_S * report) / (1e3 * length)  # of the thread, for each worker
         print(f"trials of {length:>3} s: {BUSY / busy:6.0f} workers at {BUSY:.0%} of the driver's thread")
