@@ -47,7 +47,7 @@ def replay(
     data_dir: MovedDir = None,
     json: Json = False,
 ) -> None:
-    """Train one trial again from the tables alone, and compare. Exit status 1 if the curves differ."""
+    """Train one trial again from the tables alone, and compare. Exit status 1 beyond the tolerance."""
     from search.results import open_study
 
     opened = open_study(study_folder(storage, study))

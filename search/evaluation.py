@@ -17,7 +17,7 @@ import torch
 
 from vae import export
 from vae.config import DataConfig, InputError, Support
-from vae.data import Dataset, load_data
+from vae.data import Dataset, Units, load_data
 from vae.objective import ImportanceEstimate, importance_weighted
 
 Split = Literal["train", "validation", "test"]
@@ -164,8 +164,8 @@ def evaluation_lines(evaluation: ModelEvaluation) -> list[str]:
 
 def _trained_on(stored: dict[str, Any]) -> list[str]:
     """The splits of its own data; a refit may have been trained on more than one."""
-    plan = (stored.get("refit") or {}).get("plan") or {}
-    return str(plan.get("train_on", "train")).split("+")
+    plan = (stored.get("refit") or {}).get("plan")
+    return str(plan.get("train_on", "train") if isinstance(plan, dict) else "train").split("+")
 
 
 def data_config_of(path: str | Path, stored: dict[str, Any]) -> DataConfig:
@@ -211,7 +211,7 @@ def _load(
             f"{asked.source}: not the data the model was made on (SHA-256 {str(fingerprint)[:12]}..., these have "
             f"{other.fingerprint[:12]}...); they are scaled as those were"
         )
-    return _Rows(_as_own(path, _split(other, split), asked, say), None)
+    return _Rows(_as_own(path, export.units_of(stored), _split(other, split), asked, say), None)
 
 
 def _columns(stored: dict[str, Any], config: DataConfig, suffix: str) -> tuple[str, ...] | None:
@@ -236,9 +236,10 @@ def _as_they_are(config: DataConfig) -> DataConfig:
     return dataclasses.replace(config, image_shape=None, support=support, scale="none", binarize="none")
 
 
-def _as_own(path: str | Path, own: np.ndarray, config: DataConfig, say: Callable[[str], None]) -> np.ndarray:
+def _as_own(
+    path: str | Path, units: Units, own: np.ndarray, config: DataConfig, say: Callable[[str], None]
+) -> np.ndarray:
     """(N, X) in the data's own units -> as the model's rows were made of its own data."""
-    units = export.read_units(path)
     if config.support == "unit" and units.factor is not None and not units.clip and own.max() <= 1:
         say(f"{config.source}: no value is above 1, and the model's data went up to {units.factor.max():g}")
     x = units.scale(own)

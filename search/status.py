@@ -21,7 +21,9 @@ def end_with_status(command: Callable[[], object], *, is_debugging: bool = False
     except Exception as error:
         if is_debugging:
             raise
-        print(f"vaesearch: {error or type(error).__name__}", file=sys.stderr)
+        text = str(error) or type(error).__name__
+        shown = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)  # names may be anybody's
+        print(f"vaesearch: {shown}", file=sys.stderr)
         _leave(2 if isinstance(error, InputError) else 1)
     _leave(0)
 

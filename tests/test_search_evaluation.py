@@ -310,6 +310,7 @@ def test_a_long_evaluation_says_how_far_it_is(evaluate, monkeypatch):
         (["best", "--per-image", "-o", "none/rows.csv"], ["none"]),
         (["none"], ["none", "exported model", "study in studies"]),
         (["bare"], ["bare", "which data"]),
+        (["odd"], ["odd", "damaged", "data.config", "source is 5"]),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
 )
@@ -320,6 +321,7 @@ def test_what_cannot_be_evaluated_is_refused(arguments, words, evaluate):
     np.save("high.npy", rng.integers(0, 200, (100, 64)))
     model, data = export_model("bare")
     export.save(model, Path("bare"), config={}, data=data)
+    export.save(model, Path("odd"), config={"data": {"config": {"source": 5}}}, data=data)
     complaint = refused(evaluate, *arguments)
     assert all(word in complaint for word in words), complaint
 

@@ -1,9 +1,12 @@
 """Trials of each kind trained again from the tables: equal to the last bit; another training is told from them."""
 
+import json
 import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +23,7 @@ from test_search_study import stored_in
 
 import search.interrupts
 from search import cli_again
-from search.replay import replay, replay_lines
+from search.replay import FIRST_TOLERANCE, TOLERANCE, replay, replay_lines
 from search.results import Study, open_study
 from search.spec import StudySpec
 from search.status import end_with_status
@@ -236,7 +239,7 @@ def test_other_data_and_lost_data_and_unknown_trials_are_refused_with_what_would
         replay(copy, 0)
     assert replay(copy, 0, data="digits").verdict == "equal"
     change_study_file(copy, "provenance", data_fingerprint="0" * 64)
-    with pytest.raises(InputError, match=r"digits: other data.*000000000000"):
+    with pytest.raises(InputError, match=r"other data.*000000000000"):
         replay(copy, 0, data="digits")
 
 
@@ -273,6 +276,34 @@ def test_the_command_says_equal_in_a_line_and_shows_what_differs(copy, capsys):
     assert vaesearch("replay", copy.name, "77", *where) == 2
     assert vaesearch("replay", copy.name, "0", *where, "--json") == 1
     assert '"verdict": "different"' in capsys.readouterr().out
+
+
+def test_a_curve_within_the_tolerance_ends_with_0_and_says_which_tolerance(copy, capsys):
+    rewrite_epochs(copy, lambda epoch: replace(epoch, val_nelbo=math.nextafter(epoch.val_nelbo, math.inf)))
+    where = ("--storage", str(copy.path.parent))
+    assert vaesearch("replay", copy.name, "0", *where) == 0
+    out = capsys.readouterr().out
+    assert "equal within the tolerance" in out
+    assert f"(tolerance {TOLERANCE:g}, of training in the first epoch {FIRST_TOLERANCE:g})" in out
+    assert f"now 1 thread on cpu, {torch.backends.cpu.get_cpu_capability()}; " in out
+    assert vaesearch("replay", copy.name, "0", *where, "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["verdict"], document["tolerance"]) == ("close", TOLERANCE)
+    assert 0 < document["deviation"] <= TOLERANCE
+
+
+def test_another_kind_of_cpu_is_within_the_tolerance(copy):
+    """torch's and MKL's kernels of one that has no vector instructions of today."""
+    trial = first_of(copy, "COMPLETE", "ok").trial
+    older = os.environ | {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}
+    command = [sys.executable, "-c", "from search.start import main; main()", "replay", copy.name, str(trial)]
+    command += ["--storage", str(copy.path.parent), "--json"]
+    done = subprocess.run(command, env=older, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr + done.stdout
+    document = json.loads(done.stdout)
+    assert document["cpu"] == "DEFAULT"
+    assert document["verdict"] in ("close", "equal")
+    print(document["verdict"], document["deviation"])
 
 
 def test_ctrl_c_ends_the_command_with_a_line(small_study, monkeypatch, capsys):

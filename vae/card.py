@@ -155,7 +155,7 @@ With `vaesearch` installed, in the data's own units (`model.safetensors`, `confi
 import numpy as np
 import vae
 
-model = vae.load("{{ folder }}")
+model = vae.load({{ folder | quoted }})
 rows = np.zeros((1, {{ model.input_dim }}))  # rows as they stand in the source; put yours here
 mu, logvar = model.encode(rows)
 means, samples = model.reconstruct(rows), model.sample(16)
@@ -183,7 +183,7 @@ import numpy as np
 
 rows = np.zeros((1, {{ model.input_dim }}))  # rows as they stand in the source; put yours here
 {%- if is_scaled %}
-data = json.loads(Path("{{ folder }}/config.json").read_text())["data"]
+data = json.loads(Path({{ (folder ~ "/config.json") | quoted }}).read_text())["data"]
 shift, factor = np.array(data["shift"]), np.array(data["factor"])
 {%- if data.scale == "minmax" %}
 x = ((rows - shift) / np.where(factor == 0, np.inf, factor)).clip(0, 1).astype(np.float32)
@@ -205,16 +205,16 @@ x = (x > 0.5).astype(np.float32)
 import torch
 
 {% if "encoder.pt2" in files -%}
-encoder = torch.export.load("{{ folder }}/encoder.pt2").module()
+encoder = torch.export.load({{ (folder ~ "/encoder.pt2") | quoted }}).module()
 mu, logvar = encoder(torch.from_numpy(x))
 {% endif -%}
 {% if "decoder.pt2" in files -%}
-decoder = torch.export.load("{{ folder }}/decoder.pt2").module()
+decoder = torch.export.load({{ (folder ~ "/decoder.pt2") | quoted }}).module()
 means = decoder(torch.zeros(1, {{ model.latent_dim }})).detach().numpy()  # at a latent of your choice
 {% endif -%}
 ```
 
-A `.pt2` file can hold a pickle, which runs what it likes when it is loaded: load none from people you don't trust.
+Loading a `.pt2` file runs what somebody has put into it, such as a pickle: load none from people you don't trust.
 `vae.load` reads none.
 {%- endif %}
 {%- if onnx %}
@@ -225,11 +225,11 @@ A `.pt2` file can hold a pickle, which runs what it likes when it is loaded: loa
 import onnxruntime
 
 {% if "encoder.onnx" in files -%}
-encoder = onnxruntime.InferenceSession("{{ folder }}/encoder.onnx")
+encoder = onnxruntime.InferenceSession({{ (folder ~ "/encoder.onnx") | quoted }})
 mu, logvar = encoder.run(["mu", "logvar"], {"x": x})
 {% endif -%}
 {% if "decoder.onnx" in files -%}
-decoder = onnxruntime.InferenceSession("{{ folder }}/decoder.onnx")
+decoder = onnxruntime.InferenceSession({{ (folder ~ "/decoder.onnx") | quoted }})
 (means,) = decoder.run(["means"], {"z": np.zeros((1, {{ model.latent_dim }}), np.float32)})
 {% endif -%}
 ```
@@ -313,7 +313,7 @@ def card(model: VAE, folder: str, config: Mapping[str, Any], data: Dataset) -> s
 
 
 def _quoted(text: str) -> str:
-    """A string of YAML: one of JSON, but for the surrogates by which that escapes what lies beyond U+FFFF."""
+    """A string of YAML and of Python: one of JSON, but for surrogates, by which that escapes what is beyond U+FFFF."""
     quoted = json.dumps(text, ensure_ascii=False)
     return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in quoted)
 

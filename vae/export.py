@@ -1,7 +1,7 @@
 """A trained model as a folder: weights in safetensors, config.json, pictures, tables, a card; programs if asked for.
 
 A folder may come from anybody. What is read of it, config.json and the weights, is no pickle, runs nothing, and is
-refused before anything is made that is larger than the files are.
+refused before a model is made that is larger than the weights are. The programs are not read again here.
 """
 
 import csv
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from vae import portable
 from vae.card import card
-from vae.config import InputError, ModelConfig
+from vae.config import DataConfig, InputError, ModelConfig
 from vae.data import Dataset, Units, feature_names
 from vae.images import num_that_fit, save_grid, save_reconstructions, shades
 from vae.model import VAE
@@ -40,10 +40,18 @@ _PER_FEATURE: Mapping[str, type | tuple[type, ...]] = {
     "image_shape": int,
 }  # of config.json
 
-_SMALL = 4096  # what is no larger costs nothing to build, whoever claims it
+_SECTIONS = ("data", "train", "params", "metrics", "finals", "versions", "refit")  # objects
+_SETTINGS: Mapping[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("source", "key", "data_dir", "columns", "support", "scale", "binarize"), str),
+    **dict.fromkeys(("validation_fraction", "test_fraction"), (int, float)),
+    **dict.fromkeys(("image_shape", "seed"), int),
+}  # of data.config; of the two lists each value
+
 _MAX_HEADER_BYTES = 2**24  # of the weights; what a model has is far below
 _MAX_CONFIG_BYTES = 2**27  # shift and factor of two million features
+_MAX_CONFIG_VALUES = 2**23  # read, each takes up to twenty times its letters
 _MAX_LAYERS = 256
+_MAX_TOLD = 300  # letters of what an error repeats from a folder
 
 
 def save(
@@ -61,7 +69,7 @@ def save(
         config = {**config, **asdict(portable.write(model, path, data.validation, onnx=onnx))}
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     try:
-        save_file(weights, path / WEIGHTS)
+        save_file(weights, path / WEIGHTS, metadata={"format": "pt"})  # without which some readers refuse it
     except SafetensorError as error:  # of a full disk, too
         raise OSError(f"{path / WEIGHTS} cannot be written: {error}") from error
     text = json.dumps({"format": FORMAT, "model": asdict(model.config), **config}, indent=2, allow_nan=False)
@@ -102,9 +110,9 @@ def load(path: str | Path, device: str | torch.device = "cpu", config: Mapping[s
                 model = _make(config["model"], {name: tuple(stored.get_slice(name).get_shape()) for name in names})
                 _fill(model, {name: stored.get_tensor(name) for name in names})
             except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-                raise InputError(f"{folder}: {CONFIG} and {WEIGHTS} do not belong together: {error}") from error
+                raise InputError(f"{folder}: {CONFIG} and {WEIGHTS} do not belong together: {_told(error)}") from error
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{folder / WEIGHTS} is damaged ({error}): export the model again") from error
+        raise InputError(f"{folder / WEIGHTS} is damaged ({_told(error)}): export the model again") from error
     return model.to(device).eval()
 
 
@@ -121,7 +129,10 @@ def read_config(path: str | Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > _MAX_CONFIG_BYTES:
             raise InputError(f"{folder / CONFIG} has more than {_MAX_CONFIG_BYTES:,} bytes: no model's has")
-        config = json.loads(file.read_bytes())
+        text = file.read_bytes()
+        if sum(text.count(mark) for mark in (b",", b"[", b"{")) > _MAX_CONFIG_VALUES:
+            raise InputError(f"{folder / CONFIG} has more than {_MAX_CONFIG_VALUES:,} values: no model's has")
+        config = json.loads(text)
     except InputError:
         raise
     except OSError as error:
@@ -131,7 +142,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     found = config.get("format") if isinstance(config, dict) else None
     if found != FORMAT:
         raise InputError(
-            f"{folder / CONFIG} has format {found!r} and this version reads {FORMAT}: export the model again"
+            f"{folder / CONFIG} has format {_told(repr(found))} and this version reads {FORMAT}: export the model again"
         )
     if not isinstance(config.get("model"), dict):
         raise InputError(f"{folder / CONFIG} does not say what the model is: export it again")
@@ -166,7 +177,7 @@ def _inside(folder: Path, name: str) -> Path | None:
             parent.name == "snapshots" and target.parent == parent.parent / "blobs" for parent in home.parents
         )
         if not (target.parent == home or is_cached):
-            raise InputError(f"{file} is a link to {target}, outside of the folder: put the file itself there")
+            raise InputError(f"{file} is a link to {_told(target)}, outside of the folder: put the file itself there")
         return target if target.is_file() else None
     except (OSError, RuntimeError) as error:  # the latter of links in a circle
         raise InputError(f"{file} cannot be read: {error}") from error
@@ -174,10 +185,14 @@ def _inside(folder: Path, name: str) -> Path | None:
 
 def _check_config(file: Path, config: dict[str, Any]) -> None:
     """What else is used of config.json. InputError where it is not what `save` writes."""
+    for name in _SECTIONS:
+        if not isinstance(config.get(name) or {}, dict):
+            raise InputError(f"{file} is damaged: {name} is not what it should be: export the model again")
     data = config.get("data") or {}
-    settings = data.get("config") or {} if isinstance(data, dict) else None
-    if not isinstance(settings, dict):
-        raise InputError(f"{file} is damaged: data is not what it should be: export the model again")
+    try:
+        _check_settings(data.get("config") or {})
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{file} is damaged: data.config: {_told(error)}: export the model again") from error
     features = config["model"].get("input_dim")
     for name, kind in _PER_FEATURE.items():
         value = data.get(name)
@@ -192,12 +207,26 @@ def _check_config(file: Path, config: dict[str, Any]) -> None:
             fits = all(abs(each) <= sys.float_info.max for each in value)  # not so of NaN
         if not fits:
             raise InputError(f"{file} is damaged: data.{name} does not fit input_dim: export the model again")
+    if not str(data.get("fingerprint", "")).isprintable():
+        raise InputError(f"{file} is damaged: data.fingerprint is none: export the model again")
     if (data.get("shift") is None) != (data.get("factor") is None):
         raise InputError(f"{file} is damaged: data.shift and data.factor go together: export the model again")
     for key in ("files", "refused"):
         names = config.get(key) or {}
         if not isinstance(names, dict) or any(name in ("", ".", "..") or set(name) & set("/\\\0") for name in names):
             raise InputError(f"{file} is damaged: {key} must name files of the folder: export the model again")
+
+
+def _check_settings(settings: Any) -> None:
+    """How the data were read, which is asked for where they are read again. TypeError, ValueError."""
+    if not isinstance(settings, dict):
+        raise TypeError("no object")
+    for name, kind in _SETTINGS.items():
+        value = settings.get(name)
+        values = value if name in ("columns", "image_shape") and isinstance(value, list) else [value]
+        if value is not None and not all(isinstance(each, kind) for each in values):
+            raise TypeError(f"{name} is {value!r}")
+    DataConfig(**settings)
 
 
 def _is_image(shape: Sequence[int], features: Any) -> bool:
@@ -213,30 +242,24 @@ def _check_header(file: Path) -> None:
 
 
 def _make(settings: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> VAE:
-    """The model of config.json, whose weights have these shapes, with others in it. ValueError where they don't fit.
+    """The model of config.json, for weights of these shapes, still without any. ValueError where they don't fit.
 
-    Sizes are held against the weights first: those lie in the file, and what is claimed beside them may be anything.
+    It takes no memory before they do: sizes that are claimed may be anything, and the weights lie in the file. Nor are
+    first weights drawn, which costs more than all the rest for some activations.
     """
-    most = max((_SMALL, *(size for shape in shapes.values() for size in shape)))
     for name, value in settings.items():
-        sizes = value if isinstance(value, list) else [value]
-        # The size of images is none of a convolution's weights; nothing as large as that is built without them.
-        is_free = name in ("input_dim", "image_shape")
-        if len(sizes) > _MAX_LAYERS:
+        if isinstance(value, list) and len(value) > _MAX_LAYERS:
             raise ValueError(f"{name} has more than {_MAX_LAYERS} values")
-        if len(sizes) > len(shapes) or any(isinstance(size, int) and size > most and not is_free for size in sizes):
-            raise ValueError(f"{name} is larger than any of the weights")
     config = ModelConfig(**settings)
     if config.image_shape is not None and not _is_image(config.image_shape, config.input_dim):
         raise ValueError(f"image_shape {list(config.image_shape)} does not make {config.input_dim} features")
     with torch.device("meta"):
-        wanted = {name: tuple(value.shape) for name, value in VAE(config).state_dict().items()}
+        model = VAE(config)
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     for name in sorted({*wanted, *shapes}):
         if wanted.get(name) != shapes.get(name):
             raise ValueError(f"{name} is {shapes.get(name, 'missing')}, and {wanted.get(name, 'nothing')} is wanted")
-    # The first weights are overwritten at once; the caller's generator is none of their business.
-    with torch.random.fork_rng(devices=[]):
-        return VAE(config)
+    return model
 
 
 def _fill(model: VAE, weights: Mapping[str, torch.Tensor]) -> None:
@@ -247,7 +270,14 @@ def _fill(model: VAE, weights: Mapping[str, torch.Tensor]) -> None:
             raise ValueError(f"{name} is of {found.dtype}, and {value.dtype} is wanted")
         if not found.isfinite().all():
             raise ValueError(f"{name} is not finite")
-    model.load_state_dict(weights)
+    # Copies: what is mapped to a file changes with it.
+    model.load_state_dict({name: value.clone() for name, value in weights.items()}, assign=True)
+
+
+def _told(what: object) -> str:
+    """In words from a stranger's folder, a line of which nothing steers a terminal."""
+    text = " ".join(str(what).split())[:_MAX_TOLD]
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -18,7 +18,7 @@ from vae.data import MAX_COUNT, VALIDATION_STREAM, bernoulli, check_finite, firs
 from vae.export import load as load_vae
 from vae.export import read_config, units_of
 from vae.model import VAE
-from vae.objective import CHUNK_ROWS, fixed_noise, gaussian_kl
+from vae.objective import CHUNK_ROWS, elbo_terms, fixed_noise
 
 Rows = TypeVar("Rows", np.ndarray, Tensor)
 """What comes in as a NumPy array goes out as one, and a tensor as a tensor on the device it was on."""
@@ -127,9 +127,7 @@ class Model:
         def bound(part: Tensor, eps: Tensor) -> Tensor:
             if self._binarize in ("static", "dynamic"):
                 part = torch.from_numpy(bernoulli(part.cpu().numpy(), draws)).to(part.device)
-            outputs, mu, logvar = self.vae(part, eps)
-            recon = -self.vae.likelihood.log_prob(outputs, part)
-            return (recon.double() + gaussian_kl(mu.double(), logvar.double())).unsqueeze(-1)
+            return elbo_terms(self.vae, part, eps).nelbo.unsqueeze(-1)
 
         (bounds,) = self._in_parts(bound, x, noise, widths=(1,), dtype=np.float64)
         return _like(rows, bounds[:, 0])
