@@ -199,10 +199,8 @@ def same_study(spec: StudySpec, stored: Study, data: Dataset, extend: int) -> St
             f"{stored.path}: --extend {extend} cannot be shared out evenly among {spec.num_arms} activations"
         )
     if diff := spec_diff(before, after):
-        raise InputError(
-            f"{stored.path}: the study there is another one: {'; '.join(diff)}\n"
-            f"use another --name, or --extend N for more trials of the same"
-        )
+        more = ", or --extend N for more trials of the same" if all("budget.trials" in line for line in diff) else ""
+        raise InputError(f"{stored.path}: the study there is another one: {'; '.join(diff)}\nuse another --name{more}")
     if extend and stored.summary().ended < old.budget.trials:
         raise InputError(f"{stored.path}: not complete yet; run it without --extend first")
     budget = spec.budget.model_copy(update={"trials": old.budget.trials + extend})

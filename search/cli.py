@@ -340,6 +340,8 @@ def export(
         folders = export_best(opened, own, top, to, programs=True, onnx=with_onnx, tell=count)
     for folder in folders:
         tell_refused(folder)
+    if others := sorted(path.name for path in to.glob("[0-9]*-trial-*") if path not in folders):
+        say(f"{to} also has models of an earlier export: {', '.join(others)}")
     if json:
         print_json([str(folder) for folder in folders])
     else:

@@ -77,7 +77,9 @@ def next_commands(study: Study, summary: Summary) -> Iterator[str]:
     if summary.train_objective == "elbo":
         yield f"  vaesearch compare {name}{where}"
     yield f"  vaesearch report {name}{where}"
-    yield (f'  vaesearch query "SELECT activation, min(val_nelbo) FROM trials GROUP BY 1 ORDER BY 2"{where}')
+    of_study = f"WHERE study = '{study.name}' AND state = 'COMPLETE'"
+    sql = f"SELECT activation, min(val_nelbo) FROM trials {of_study} GROUP BY 1 ORDER BY 2"
+    yield f'  vaesearch query "{sql}"{where}'
     if summary.best is not None:
         yield f"  vaesearch export {name}{where} --top 1 --to model"
 

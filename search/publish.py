@@ -84,9 +84,11 @@ def publish_best(study: Study, data: Dataset) -> list[Location]:
     restore_tree(study.path / MODELS_FOLDER)
     kept = _Kept(study)
     rows = [row for row in exported(study.spec, study.rows()) if kept.has(row)]
-    with tempfile.TemporaryDirectory(prefix="vaesearch-") as building:
-        folders = export_models(study, rows, data, Path(building))
-        replace_tree(Path(building), study.path / MODELS_FOLDER, last=MODEL_FILE)
+    with tempfile.TemporaryDirectory(prefix="vaesearch-") as scratch:
+        building = Path(scratch) / MODELS_FOLDER  # which others may read, as the folder of a study
+        building.mkdir()
+        folders = export_models(study, rows, data, building)
+        replace_tree(building, study.path / MODELS_FOLDER, last=MODEL_FILE)
     return [study.path / MODELS_FOLDER / folder.name for folder in folders]
 
 

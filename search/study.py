@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -39,7 +40,7 @@ from search.results import (
 )
 from search.rounds import BestStates, Rounds, store_server
 from search.space import Space
-from search.spec import StudySpec
+from search.spec import StudySpec, largest
 from search.storage import Location, StorageFailed, failing_clearly
 from search.tables import FinalRow, TrialRow
 from search.watchdog import Watchdog
@@ -58,6 +59,7 @@ TUNE_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0: not a word on stdout
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
+FEW_STEPS = 1000  # of training: with less, models of small tables have hardly begun to use their latents
 LAST_FLUSH_S = 1.0  # what an interrupted study may take for its last rows
 IMPORT_WAIT_S = 0.5  # what an interrupted study may wait for a module that it will not need
 LOGGED_VERSIONS = ("vaesearch", "ray", "torch", "optuna", "numpy", "pyarrow")
@@ -426,6 +428,9 @@ def _opening_lines(spec: StudySpec, data: Dataset, rows: list[TrialRow], concurr
     )
     splits = f"{len(data.train)} rows to train on, {len(data.validation)} to judge by, {len(data.test)} kept aside"
     yield f"{data.config.source}: {data.input_dim} features, {splits}"
+    steps = spec.budget.max_epochs * math.ceil(len(data.train) / largest(spec.batch_sizes))
+    if steps < FEW_STEPS:
+        yield f"a trial has {steps} training steps at the most, which may be too few; --max-epochs gives it more"
     advice = likelihood_advice(spec.model.likelihood, data)
     if advice is not None:
         yield f"warning: {advice}"

@@ -48,11 +48,13 @@ def warm_started(spec: StudySpec, source: str, say: Callable[[str], None] = lamb
     if not taken:
         raise InputError(f"--warm-start {source}: has no configuration with a parameter that is searched here")
     first = (*spec.sampler.first, *(found for found in taken if found not in spec.sampler.first))
-    say(f"{source}: tried first, behind the default: the best {len(taken)} that fit")
+    others = f" and {len(spec.sampler.first)} of sampler.first" if spec.sampler.first else ""
+    say(f"{source}: tried first, behind the default{others}: the best {len(taken)} that fit")
     if left:
         say(f"{source}: values outside of the space are left to the sampler: {', '.join(sorted(left))}")
     if len(first) >= spec.budget.trials:
-        say(f"{source}: budget.trials = {spec.budget.trials} has room for {spec.budget.trials - 1} of them")
+        room = max(0, spec.budget.trials - 1 - len(spec.sampler.first))
+        say(f"{source}: budget.trials = {spec.budget.trials} has room for {room} of them")
     return spec.model_copy(update={"sampler": spec.sampler.model_copy(update={"first": first})})
 
 

@@ -1,6 +1,8 @@
 """A Ray cluster of one machine for tests: its own ports, folder and token, gone with all its processes at the end."""
 
 import contextlib
+import http.client
+import json
 import os
 import secrets
 import shutil
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BIN = Path(sys.executable).parent
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 240.0
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,9 @@ def ray_head(
     with (folder / "head.log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
-        _wait_until_it_listens(process, dashboard, folder / "head.log")
-        yield Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", token, token_file, folder, process.pid)
+        head = Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", token, token_file, folder, process.pid)
+        _wait_until_it_is_a_node(head, process, folder / "head.log")
+        yield head
     finally:
         end_family(process)
         shutil.rmtree(folder, ignore_errors=True)
@@ -128,12 +131,21 @@ def _stat(pid: int) -> list[str]:
         return []
 
 
-def _wait_until_it_listens(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+def _wait_until_it_is_a_node(head: Head, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Its dashboard answers before that."""
     deadline = time.monotonic() + START_TIMEOUT_S
-    while True:
-        with socket.socket() as connection:
-            if connection.connect_ex(("127.0.0.1", port)) == 0:
-                return
+    while "ALIVE" not in _states_of_nodes(head):
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.1)
+
+
+def _states_of_nodes(head: Head) -> list[str]:
+    """As its dashboard tells them; none as long as it does not answer."""
+    with contextlib.closing(http.client.HTTPConnection(head.url.removeprefix("http://"), timeout=10)) as connection:
+        try:
+            connection.request("GET", "/nodes?view=summary", headers={"Authorization": f"Bearer {head.token}"})
+            nodes = json.load(connection.getresponse())["data"]["summary"]
+            return [node["raylet"]["state"] for node in nodes]
+        except (OSError, http.client.HTTPException, ValueError, KeyError):
+            return []

@@ -121,7 +121,7 @@ def s3_server() -> Iterator[tuple[str, int]]:
         [server, "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while True:
             with socket.socket() as connection:
                 if connection.connect_ex(("127.0.0.1", port)) == 0:

@@ -95,7 +95,7 @@ class Host:
         home = f"--wd=/proc/{self._first_process}/root{HOME}"
         return ["nsenter", f"--target={self._first_process}", *inside, home, "--", *arguments]
 
-    def run(self, *arguments: str, env: Mapping[str, str], timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str, env: Mapping[str, str], timeout: float = 180) -> subprocess.CompletedProcess[str]:
         """A command on this host, to its end."""
         return subprocess.run(self.command(*arguments), env=env, capture_output=True, text=True, timeout=timeout)
 

@@ -45,7 +45,7 @@ class Podman:
             "DOCKER_HOST": f"unix://{folder}/podman.sock",
         }
 
-    def __call__(self, *arguments: str, timeout: float = 60) -> str:
+    def __call__(self, *arguments: str, timeout: float = 180) -> str:
         done = subprocess.run(
             ["podman", *arguments], env=self.environment, capture_output=True, text=True, timeout=timeout
         )
@@ -53,7 +53,7 @@ class Podman:
         return done.stdout.strip()
 
     def compose(
-        self, *arguments: str, folder: Path, timeout: float = 120, **variables: str
+        self, *arguments: str, folder: Path, timeout: float = 300, **variables: str
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [self._compose, "--project-directory", folder, *arguments],
@@ -69,7 +69,7 @@ class Podman:
         """The first stage of the Dockerfile: all but Python's packages, which are mounted."""
         dockerfile = ROOT / "cluster" / "deploy" / "Dockerfile"
         arguments = ("--target", "runtime", "--build-arg", f"BASE={BASE_IMAGE}", "-t", RUNTIME_IMAGE)
-        self("build", "-q", "-f", str(dockerfile), *arguments, str(ROOT), timeout=120)
+        self("build", "-q", "-f", str(dockerfile), *arguments, str(ROOT), timeout=300)
 
 
 @contextlib.contextmanager
@@ -83,7 +83,7 @@ def podman() -> Iterator[Podman]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not (folder / "podman.sock").exists():
             assert service.poll() is None, "podman offers no socket"
             assert time.monotonic() < deadline, "podman offers no socket"
@@ -110,7 +110,7 @@ class Project:
         }
         self.containers: set[str] = set()  # ids of all that there ever were
 
-    def compose(self, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def compose(self, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         files = ("-f", str(ROOT / "docker-compose.yml"), "-f", str(ROOT / "tests" / "compose.override.yml"))
         return self.engine.compose(
             "-p", self.name, *files, *arguments, folder=self.folder, timeout=timeout, **self.variables
@@ -125,7 +125,7 @@ class Project:
         done = self.compose("down", "--volumes", "--timeout", "5")
         assert done.returncode == 0, done.stderr
 
-    def exec(self, service: str, *command: str, timeout: float = 60, **variables: str) -> str:
+    def exec(self, service: str, *command: str, timeout: float = 180, **variables: str) -> str:
         """The output of a command in a container. By podman itself: what Compose starts stays watched for minutes."""
         given = [part for name, value in variables.items() for part in ("--env", f"{name}={value}")]
         return self.engine("exec", *given, f"{self.name}-{service}", *command, timeout=timeout)

@@ -84,7 +84,7 @@ def test_the_runs_on_mnist_print_a_line_each_with_the_reference_and_leave_their_
 
 
 @pytest.mark.system
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1200)
 def test_healthy_activations_on_the_digits_gain_what_they_gained_with_other_code():
     names = ["silu", "elu", "leaky_relu(0.2)", "tanh", "linear"]
     _, *lines = printed_by("digits.py", *names, "--seeds", "1").splitlines()
@@ -141,7 +141,7 @@ def test_the_report_of_whole_runs_pairs_what_ran_in_turns_and_keeps_other_work_a
 
 
 @pytest.mark.system
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(not MNIST.is_dir(), reason="the MNIST files are not beside this checkout")
 def test_the_benchmark_of_whole_runs_accounts_for_all_of_the_time_of_each_arm(tmp_path):
     file, trials, workers = tmp_path / "runs.parquet", 4, 2

@@ -33,7 +33,7 @@ def test_where_no_head_is_that_is_known_at_once(monkeypatch):
     started = time.monotonic()
     with pytest.raises(ClusterUnreachable, match=r"127\.0\.0\.1:1.* does not answer: .*\n.*ray start --head"):
         find_head("127.0.0.1:1")
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60
 
 
 def test_a_token_is_used_where_the_head_asks_for_one_alone(ray_here):

@@ -1,7 +1,7 @@
 """What fits on a cluster: as many trials as Ray can place, never more, and a word on what would do if none fits."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.resources import HEADROOM, Packing, PlacementError, fitting_trials, packing
@@ -52,6 +52,7 @@ def test_as_many_trials_as_fit(cpus, gpus, cpus_per_trial, gpus_per_trial, count
     assert fits(cpus, gpus, cpus_per_trial, gpus_per_trial) == count
 
 
+@settings(deadline=None)
 @given(
     cpus=st.integers(1, 64),
     gpus=st.integers(1, 8),
@@ -142,6 +143,7 @@ def test_as_many_share_a_gpu_as_memory_and_cores_allow(peak_gib, cpus_per_gpu, c
     assert trials == 1 or trials * HEADROOM * peak_gib <= 80
 
 
+@settings(deadline=None)
 @given(st.integers(1, 64))
 def test_the_shares_of_a_packing_fit_on_a_device_and_one_more_would_not(trials):
     share = Packing(trials).share

@@ -4,7 +4,7 @@ import time
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster import shares
@@ -33,6 +33,7 @@ def test_the_cluster_is_shared_out_evenly_among_those_who_need_it(many, given):
     assert list(shared_out(claims(*many)).values()) == given
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text(max_size=3), st.builds(Claim, st.integers(1, 9), st.integers(0, 9)), max_size=6))
 def test_nobody_gets_more_than_he_can_use_and_all_together_no_more_than_there_is(many):
     given_ = shared_out(many)
@@ -56,7 +57,6 @@ def test_a_slot_that_not_all_can_have_goes_round():
 
 def test_drivers_hear_of_each_other_on_a_real_cluster_and_forget_who_is_gone(ray_here, monkeypatch):
     monkeypatch.setattr(shares, "BEAT_S", 0.0)
-    monkeypatch.setattr(shares, "GONE_AFTER_S", 0.2)
     big, small = Shares("big", 4, 4), Shares("small", 4, 4)
     assert big.slots_for(100, 0) == 4
     assert small.slots_for(1, 0) == 1
@@ -68,7 +68,8 @@ def test_drivers_hear_of_each_other_on_a_real_cluster_and_forget_who_is_gone(ray
     killed = Shares("killed", 4, 4)
     assert killed.slots_for(100, 0) == 2
     assert big.slots_for(100, 4) == 2
-    deadline = time.monotonic() + 5
+    monkeypatch.setattr(shares, "GONE_AFTER_S", 0.2)
+    deadline = time.monotonic() + 60
     while big.slots_for(100, 2) != 4:  # its entry stands still
         assert time.monotonic() < deadline
         time.sleep(0.05)

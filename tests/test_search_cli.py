@@ -35,7 +35,7 @@ WITHOUT_JSON = {
     "logs": "prints what a driver has said",
     "dashboard": "serves a page until it is interrupted",
 }
-README_SQL = "SELECT activation, min(val_nelbo) FROM trials GROUP BY 1 ORDER BY 2"
+README_SQL = "SELECT activation, min(val_nelbo) FROM trials WHERE study = 'digits' AND state = 'COMPLETE' GROUP BY 1 ORDER BY 2"
 
 
 class Said(NamedTuple):

@@ -12,10 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from optuna.trial import TrialState, create_trial
 from test_search_study import (
     Recorder,
@@ -117,18 +119,18 @@ class Stopper(StudyEvents):
 
 def test_a_worker_that_hangs_is_killed_after_a_while_and_its_trial_goes_on_in_another(small_spec, tmp_path):
     spec = stored_in(with_(small_spec, **FULL), tmp_path)
-    spec = with_(spec, budget={"stall_timeout_s": 6.0}, resources={"concurrency": 2})
+    spec = with_(spec, budget={"stall_timeout_s": 10.0}, resources={"concurrency": 2})
     stopper, losses = Stopper(1), Losses()
     study = run_study(spec, events=[stopper, losses])
     assert stopper.pid is not None
-    stat, deadline = Path(f"/proc/{stopper.pid}/stat"), time.monotonic() + 30
+    stat, deadline = Path(f"/proc/{stopper.pid}/stat"), time.monotonic() + 100
     while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":  # killed, if not yet gone
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert_whole(study)
     first, second = attempts_of(study, 1)
     assert (first["outcome"], second["outcome"]) == ("timeout", "ended")
-    assert "6 s" in first["reason"]
+    assert "10 s" in first["reason"]
     assert [attempt.outcome for attempt in losses.lost] == ["timeout"]
     assert study.rows()[1].attempts == 2
     assert recorded(study, 1) == retrained(spec, study.rows()[1], load_data(spec.data_config()))
@@ -136,9 +138,11 @@ def test_a_worker_that_hangs_is_killed_after_a_while_and_its_trial_goes_on_in_an
 
 
 def test_a_long_epoch_is_no_hanging_worker(small_spec, tmp_path):
-    """Training that moves is left alone, however long it takes to the next result."""
-    spec = stored_in(with_(small_spec, **FULL), tmp_path)
-    values = spec.dump() | {"model": {"hidden_dims": [2000, 2000]}, "train": {"batch_size": 4, "kl_warmup_epochs": 0}}
+    """Training that moves is left alone, however long it takes to the next result. Many short steps: of a large model
+    all that is no step may take as long, too."""
+    np.save(tmp_path / "points.npy", (np.random.default_rng(0).random((100_000, 16)) > 0.5).astype(np.float32))
+    values = stored_in(with_(small_spec, **FULL), tmp_path).dump() | {"data": {"source": str(tmp_path / "points.npy")}}
+    values |= {"model": {"hidden_dims": [64]}, "train": {"batch_size": 4, "kl_warmup_epochs": 0}}
     values["budget"] = {"trials": 1, "max_epochs": 1, "stall_timeout_s": 4.0, "max_retries": 0}
     study = run_study(StudySpec.model_validate(values))
     assert study.rows()[0].train_wall_s > 4.0
@@ -239,7 +243,12 @@ def test_a_model_whose_last_state_is_damaged_is_trained_again_to_its_end(small_s
             run_study(spec)
     for state in (tmp_path / spec.name / "checkpoints").glob("*.epoch-00008.pt"):
         damage(state)
-    study = run_study(spec)  # whose export checks each model against the ledger
+    torch.set_num_threads(2)  # of the driver; its trials had one each
+    try:
+        study = run_study(spec)  # whose export checks each model against the ledger
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
     assert len(study.model_folders()) == len(study.summary().leaders)
     assert_whole(study)
 
@@ -370,7 +379,7 @@ def test_states_stay_until_the_end_of_their_trial_is_written(small_study, tmp_pa
         ray.get(best.server.report.remote())
         assert CheckpointStore(tmp_path).trials() == [0, 1, 2]
         best.drop_unneeded()
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 100
         while CheckpointStore(tmp_path).trials() != [1, 2]:
             assert time.monotonic() < deadline
             time.sleep(0.05)

@@ -82,6 +82,13 @@ def test_exported_models_give_their_recorded_value_in_a_new_process(small_study)
         assert evaluating
 
 
+def test_whoever_may_read_a_study_may_read_its_models(small_study):
+    folder = Path(str(small_study.path))
+    assert (folder / "models").stat().st_mode == (folder / "trials").stat().st_mode
+    for model in small_study.model_folders():
+        assert len({path.stat().st_mode for path in Path(str(model)).iterdir()}) == 1
+
+
 def test_folders_are_named_by_rank_and_trial_best_first(small_study):
     best = ranked(small_study.rows())
     names = [f"{rank}-trial-{row.trial}" for rank, row in enumerate(best, start=1)]

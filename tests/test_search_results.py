@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_search_ledger import epoch_row, start_writer, trial_row
 
@@ -51,6 +51,7 @@ def test_only_healthy_trials_with_the_full_budget_may_lead():
     assert [row.trial for row in ranked(rows)] == [7, 0]
 
 
+@settings(deadline=None)
 @given(st.permutations([(0, 5.0), (1, 4.0), (2, 5.0), (3, 4.0), (4, 4.5)]))
 def test_lower_leads_and_of_equals_the_earlier_in_whatever_order_they_come(order):
     rows = [trial_row(number, val_nelbo=value) for number, value in order]

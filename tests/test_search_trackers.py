@@ -20,6 +20,12 @@ from vae.config import InputError
 pytestmark = pytest.mark.usefixtures("ray_here")
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first import of a client may take a while on a busy machine."""
+    monkeypatch.setattr(search.trackers, "LAST_S", 300.0)
+
+
 @pytest.fixture
 def spec(small_spec: StudySpec, tmp_path: Path) -> StudySpec:
     return with_(stored_in(small_spec, tmp_path), name="tracked", budget={"trials": 3, "max_epochs": 4})

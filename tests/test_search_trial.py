@@ -3,11 +3,11 @@
 import io
 import itertools
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -232,31 +232,30 @@ def test_a_trial_without_any_sound_state_begins_anew(make, store_folder):
     assert epochs(*resumed) == expected
 
 
-def test_a_worker_is_heard_while_it_trains_and_not_while_it_hangs(make, store, monkeypatch):
+def test_a_worker_is_heard_while_it_trains_and_not_while_it_hangs(make, monkeypatch):
     spec = make_spec(budget={"max_epochs": MAX_EPOCHS, "stall_timeout_s": 0.5})
-    config = trial_config()
-    worker = make(config, spec=spec)
+    worker = make(trial_config(), spec=spec)
     worker.step()
-    time.sleep(0.3)
-    before = ray.get(store.report.remote()).silent_s[config["trial"]]
-    assert before > 0.2  # nothing moved since
-    straight = worker._attempt.trainer._train_step
+    attempt = worker._attempt
+    beats: list[tuple[int, int, int]] = []  # how far the attempt was
+    heard_by = SimpleNamespace(beat=SimpleNamespace(remote=lambda trial: beats.append(attempt.progress)))
+    monkeypatch.setattr(worker._heartbeat, "_store", heard_by)
+    straight = attempt.trainer._train_step
 
     def slow(x: torch.Tensor) -> None:
         time.sleep(0.02)  # an epoch of half a second
         straight(x)
 
-    monkeypatch.setattr(worker._attempt.trainer, "_train_step", slow)
-    trained = threading.Thread(target=worker._attempt.trainer.train_epoch)
-    trained.start()
-    heard = []
-    while trained.is_alive():
-        time.sleep(0.05)
-        heard.append(ray.get(store.report.remote()).silent_s[config["trial"]])
-    trained.join()
+    monkeypatch.setattr(attempt.trainer, "_train_step", slow)
+    attempt.trainer.train_epoch()
+    deadline = time.monotonic() + 60
+    while not beats or beats[-1] != attempt.progress:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.5)  # in which a worker that moved would be heard ten times
     worker.cleanup()
-    assert min(heard) < 0.15
-    assert heard[-1] < 0.4
+    assert len(set(beats)) > 2
+    assert beats.count(attempt.progress) <= 2  # the first may be of the step before
 
 
 def test_the_final_model_is_in_the_store_before_its_result_is_told(make, store_folder):
@@ -368,3 +367,21 @@ def test_training_leaves_the_shared_data_as_they_were(make, digits):
     list(steps(trial))
     assert np.array_equal(trial._data.train, digits.train)
     assert np.array_equal(trial._data.validation, digits.validation)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_of_the_machine", "status"),
+    [
+        (ray.exceptions.RayActorError(), True, "error"),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), True, "error"),
+        (torch.AcceleratorError("CUDA error: out of memory"), False, "oom"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), False, "oom"),
+        (torch.OutOfMemoryError("CUDA out of memory."), False, "oom"),
+        (MemoryError(), False, "oom"),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False, "error"),
+    ],
+    ids=str,
+)
+def test_faults_of_a_machine_are_told_from_those_of_a_trial(error, is_of_the_machine, status):
+    assert search.attempt.is_of_the_machine(error) == is_of_the_machine
+    assert search.attempt.what_ended(error).status == status

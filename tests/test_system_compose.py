@@ -21,7 +21,7 @@ from search.results import Study
 
 pytestmark = [
     pytest.mark.system,
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(1200),
     pytest.mark.skipif(missing() is not None, reason=str(missing())),
 ]
 
@@ -37,7 +37,7 @@ kind = "none"
 [export]
 top = 1
 """
-NOTICED_WITHIN_S = 20
+NOTICED_WITHIN_S = 45  # with Ray's own values (2.60) it takes 65
 EVERYWHERE = ("0.0.0.0", "::")
 
 
@@ -56,7 +56,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
             try:
                 started = time.monotonic()
                 project.up()
-                wait_until(lambda: len(nodes(project)) == 3, 120, "two workers do not join")
+                wait_until(lambda: len(nodes(project)) == 3, 400, "two workers do not join")
                 print(f"up with two workers in {time.monotonic() - started:.0f} s")
                 yield project
             finally:
@@ -90,16 +90,16 @@ def test_compose_takes_the_profiles_and_the_object_store_has_no_default_keys(clu
 def test_the_token_opens_the_cluster_and_another_one_does_not(cluster: Project):
     url = f"{cluster.url}/api/jobs/"
     token = token_file(cluster).read_text().strip()
-    assert requests.get(url, timeout=10).status_code == 401
+    assert requests.get(url, timeout=60).status_code == 401
     for wrong in ("wrong", token[:-1], "0" * 64):
-        assert requests.get(url, headers=bearer(wrong), timeout=10).status_code == 403
+        assert requests.get(url, headers=bearer(wrong), timeout=60).status_code == 403
         job = {"entrypoint": "touch /results/broken-in"}
-        assert requests.post(url, json=job, headers=bearer(wrong), timeout=10).status_code == 403
-    assert requests.get(url, headers=bearer(token), timeout=10).status_code == 200
-    assert requests.get(f"{cluster.url}/api/gcs_healthz", timeout=10).status_code == 200  # what Kubernetes asks ...
+        assert requests.post(url, json=job, headers=bearer(wrong), timeout=60).status_code == 403
+    assert requests.get(url, headers=bearer(token), timeout=60).status_code == 200
+    assert requests.get(f"{cluster.url}/api/gcs_healthz", timeout=60).status_code == 200  # what Kubernetes asks ...
     worker = inspected(cluster, "worker-1")["NetworkSettings"]["Networks"][f"{cluster.name}_cluster"]["IPAddress"]
     assert (
-        requests.get(f"http://{worker}:52365/api/local_raylet_healthz", timeout=10).status_code == 200
+        requests.get(f"http://{worker}:52365/api/local_raylet_healthz", timeout=60).status_code == 200
     )  # ... has none
 
     join = "import ray; ray.init(address='head:6379', logging_level='ERROR'); print(len(ray.nodes()))"
@@ -158,7 +158,7 @@ def test_a_worker_that_dies_is_started_again_and_joins(cluster: Project):
     os.kill(inspected(cluster, "worker-1")["State"]["Pid"], signal.SIGKILL)
     wait_until(
         lambda: len(nodes(cluster)) == 3 and {node["raylet"]["nodeId"] for node in nodes(cluster)} != before,
-        60,
+        180,
         "no new worker",
     )
 
@@ -169,11 +169,11 @@ def test_a_study_goes_on_without_a_killed_worker_and_its_results_come_home(clust
     hostnames = {container: cluster.exec(container, "hostname") for container in ("worker-1", "worker-2")}
     submitted = vaesearch(cluster, "submit", str(study), cwd=tmp_path)
     assert submitted.returncode == 0, submitted.stderr
-    wait_until(lambda: busy_hosts(cluster, "lost-worker") == set(hostnames.values()), 120, "one worker has no trial")
+    wait_until(lambda: busy_hosts(cluster, "lost-worker") == set(hostnames.values()), 400, "one worker has no trial")
     cluster.engine("kill", f"{cluster.name}-worker-2")
     killed = time.time()
 
-    followed = vaesearch(cluster, "logs", "-f", "lost-worker", cwd=tmp_path, timeout=240)
+    followed = vaesearch(cluster, "logs", "-f", "lost-worker", cwd=tmp_path, timeout=700)
     assert followed.returncode == 0, followed.stdout + followed.stderr
     fetched = vaesearch(cluster, "fetch", "lost-worker", cwd=tmp_path)
     assert fetched.returncode == 0, fetched.stderr
@@ -196,20 +196,20 @@ def test_a_study_goes_on_without_a_killed_worker_and_its_results_come_home(clust
 
 def test_a_study_that_was_stopped_goes_on_with_the_same_submit(cluster: Project, tmp_path: Path):
     study = tmp_path / "study.toml"
-    study.write_text(STUDY.format(name="stopped", trials=3, max_epochs=100))
+    study.write_text(STUDY.format(name="stopped", trials=10, max_epochs=60))
     assert vaesearch(cluster, "submit", str(study), cwd=tmp_path).returncode == 0
-    wait_until(lambda: finished(cluster, "stopped") >= 1, 120, "no trial ends")
+    wait_until(lambda: finished(cluster, "stopped") >= 1, 400, "no trial ends")
     stopped = vaesearch(cluster, "stop", "stopped", cwd=tmp_path)
     assert stopped.returncode == 0, stopped.stderr
     assert "all that it found is on disk" in stopped.stdout
     before = finished(cluster, "stopped")
-    assert 1 <= before < 3
+    assert 1 <= before < 10
 
     again = vaesearch(cluster, "submit", str(study), cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert vaesearch(cluster, "logs", "-f", "stopped", cwd=tmp_path, timeout=240).returncode == 0
+    assert vaesearch(cluster, "logs", "-f", "stopped", cwd=tmp_path, timeout=700).returncode == 0
     attempts = on_head(cluster, "SELECT trial, outcome FROM attempts WHERE study = 'stopped'")
-    assert Counter(row["trial"] for row in attempts if row["outcome"] == "ended") == dict.fromkeys(range(3), 1)
+    assert Counter(row["trial"] for row in attempts if row["outcome"] == "ended") == dict.fromkeys(range(10), 1)
     assert {row["outcome"] for row in attempts} <= {"ended", "interrupted"}
 
 
@@ -219,7 +219,7 @@ def test_down_leaves_nothing(cluster: Project):
     assert cluster.left() == []
 
 
-def vaesearch(cluster: Project, *arguments: str, cwd: Path, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+def vaesearch(cluster: Project, *arguments: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """The command on the user's machine, which has the token and the address and shares nothing else."""
     return subprocess.run(
         [BIN / "vaesearch", *arguments],

@@ -13,7 +13,7 @@ from test_system import QUICK, assert_whole, driver, run
 
 from search.results import Study, open_study
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(1200)]
 
 CLUSTER = """
 import sys
@@ -72,7 +72,7 @@ class Nodes:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._process.communicate(timeout=60)
+        self._process.communicate(timeout=200)
 
 
 def assert_never_oversold(study: Study) -> tuple[int, int]:
@@ -95,12 +95,12 @@ def assert_never_oversold(study: Study) -> tuple[int, int]:
 def test_gpus_of_two_nodes_are_shared_by_two_trials_each_and_never_oversold(tmp_path):
     """Logical GPUs: Ray keeps count of them, and tells each worker which is his."""
     arguments = ("run", "--name", "shared", "--trials", "10", *QUICK[2:], "--set", "scheduler.kind=none")
-    long_enough = ("--max-epochs", "100")  # that the first is under way still when the eighth has its worker
+    long_enough = ("--max-epochs", "150")  # that the first is under way still when the eighth has its worker
     with Nodes("4,2", "4,2") as nodes:
         at = ("--gpus-per-trial", "0.5", "--address", nodes.address)
         done = run(*arguments, *long_enough, *at, cwd=tmp_path, extra=nodes.environment)
     assert done.returncode == 0, done.stderr
-    assert "10 trials of up to 100 epochs, 8 at once" in done.stderr
+    assert "10 trials of up to 150 epochs, 8 at once" in done.stderr
     study = open_study(tmp_path / "studies" / "shared")
     assert_whole(study, trials=10)
     assert assert_never_oversold(study) == (4, 8)
@@ -118,13 +118,13 @@ def test_three_studies_at_once_share_a_cluster_and_the_small_ones_do_not_starve(
                 for name in ("small-one", "small-two")
             ]
             with small[0] as one, small[1] as two:
-                assert one.end(150) == 0, one.stderr
-                assert two.end(150) == 0, two.stderr
+                assert one.end() == 0, one.stderr
+                assert two.end() == 0, two.stderr
             assert not first.is_over, "the big study was over before the small ones had to share with it"
             ended = len([row for row in Study(tmp_path / "studies" / "big").rows() if row.ended_at is not None])
             first.wait_for(f"[{ended + 3}/400]")  # it goes on
             first.process.terminate()
-            assert first.end(60) == 143
+            assert first.end(300) == 143
     for name in ("small-one", "small-two"):
         assert_whole(open_study(tmp_path / "studies" / name), trials=3)
     assert sorted(os.listdir(tmp_path / "studies")) == ["big", "small-one", "small-two"]

@@ -7,6 +7,7 @@ refused before a model is made that is larger than the weights are. The programs
 import csv
 import json
 import math
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -74,6 +75,7 @@ def save(
         raise OSError(f"{path / WEIGHTS} cannot be written: {error}") from error
     text = json.dumps({"format": FORMAT, "model": asdict(model.config), **config}, indent=2, allow_nan=False)
     (path / CONFIG).write_text(text + "\n", encoding="utf-8")
+    shutil.copymode(path / CONFIG, path / WEIGHTS)  # safetensors lets its owner alone read it
 
     counts = data.config.support == "counts"
     most = num_that_fit(data.input_dim, data.image_shape)
