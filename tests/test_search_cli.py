@@ -35,7 +35,7 @@ WITHOUT_JSON = {
     "logs": "prints what a driver has said",
     "dashboard": "serves a page until it is interrupted",
 }
-README_SQL = "SELECT activation, min(val_nelbo) FROM trials WHERE study = 'digits' AND state = 'COMPLETE' GROUP BY 1 ORDER BY 2"
+README_SQL = "SELECT activation, min(val_nelbo) FROM trials GROUP BY 1 ORDER BY 2"
 
 
 class Said(NamedTuple):
@@ -292,7 +292,7 @@ def test_show_tells_the_leaders_the_activations_and_what_to_do_next(vaesearch, s
     assert "88.25" in said.out
     assert all(name in said.out for name in ("relu", "silu", "tanh"))
     assert "120.00" in said.out  # what the best must beat
-    assert README_SQL in said.out
+    assert "min(val_nelbo) FROM trials WHERE study = 'digits' AND state = 'COMPLETE' GROUP BY 1" in said.out
     assert "vaesearch export digits" in said.out
 
 
