@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -45,7 +45,8 @@ def print_study(console: Console, study: Study) -> None:
         print_text(console, _verdict(summary), marks={f"{summary.best.ranks_by:.3f}": "bold green"})
         console.print(_leaders_table(summary), soft_wrap=True)
     if summary.activations:
-        console.print(_activations_table(summary), soft_wrap=True)
+        table = replace(_activations_table(summary), is_next=summary.best is not None)
+        console.print(table, soft_wrap=True)
     for line in _costs(summary):
         print_text(console, line)
     print_next(console, study, summary)

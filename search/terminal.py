@@ -108,14 +108,17 @@ class Table:
     """To be printed on a console. The first column says what a row is about: a second table begins with it, too."""
 
     columns: Sequence[Column]
+    is_next: bool = False  # right below another one, which ends with a blank line
 
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
         from rich.text import Text
 
+        blank = not self.is_next
         for header, rule, body in _parts(self.columns, options.max_width):
-            text = Text("\n".join(["", *header, rule, *body]), no_wrap=True, overflow="ignore")
-            text.stylize("bold", 0, 1 + len("\n".join(header)))
+            text = Text("\n".join([*[""] * blank, *header, rule, *body]), no_wrap=True, overflow="ignore")
+            text.stylize("bold", 0, blank + len("\n".join(header)))
             yield text
+            blank = True
         yield Text("")
 
 
