@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
 from pydantic import model_validator as pydantic_model_validator
 
 from search.storage import Location, location
@@ -162,6 +162,11 @@ def _parse_concurrency(value: object) -> int | Literal["auto"]:
     return value
 
 
+def _parse_columns(value: object) -> object:
+    """A list, or one text with commas, as it is typed."""
+    return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
+
+
 def _parse_gpus(value: object) -> float | Literal["auto"]:
     if value == "auto":
         return "auto"
@@ -189,7 +194,9 @@ class DataSpec(_Section):
     )
     data_dir: str | None = Field(None, description="folder with the idx files of mnist or fashion-mnist")
     key: str | None = Field(None, description="which array of a .npz file")
-    columns: tuple[str, ...] | None = Field(None, description="which columns of a .csv or .parquet file")
+    columns: Annotated[tuple[str, ...] | None, BeforeValidator(_parse_columns)] = Field(
+        None, description="which columns of a .csv or .parquet file"
+    )
     image_shape: tuple[int, ...] | None = Field(None, description="[height, width] of flat rows that are images")
     scale: Scale = Field(
         "auto",

@@ -762,3 +762,8 @@ def test_how_finalists_are_run_is_no_part_of_a_studys_identity():
 def test_adversarial_training_is_not_confirmed_in_nats():
     with pytest.raises(InputError, match=r"finalists\.confirm"):
         StudySpec.load(None, {"train.objective": "vae_gan", "finalists.confirm": True})
+
+
+@pytest.mark.parametrize("columns", ["height, weight", ["height", "weight"]])
+def test_columns_may_be_typed_with_commas(columns):
+    assert StudySpec.load(None, {"data.columns": columns}).data.columns == ("height", "weight")
