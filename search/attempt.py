@@ -213,6 +213,13 @@ def is_of_the_machine(error: Exception) -> bool:
     return isinstance(error, RayError) or (isinstance(error, torch.AcceleratorError) and not ran_out_of_memory(error))
 
 
+def ended_by(error: Exception) -> Ended:
+    """`what_ended`, for a worker. One that is of the machine is raised: it ends the worker."""
+    if is_of_the_machine(error):
+        raise error
+    return what_ended(error)
+
+
 def set_up_torch(cpus: int, gpus: float) -> None:
     """For a worker with so many CPUs and GPUs; of a share of one it takes no more memory than that."""
     torch.set_num_threads(cpus)

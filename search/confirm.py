@@ -22,7 +22,7 @@ import torch
 from ray.exceptions import RayError
 
 from cluster.resources import Packing
-from search.attempt import Attempt, Ended, Heartbeat, is_of_the_machine, set_up_torch, train_wall_s, what_ended
+from search.attempt import Attempt, Ended, Heartbeat, ended_by, set_up_torch, train_wall_s
 from search.events import StudyEvents
 from search.finalists import final_seed, missing_runs
 from search.ledger import Ledger
@@ -228,9 +228,7 @@ def _train_and_score(
             nll, nelbo = -scores.log_likelihood, -scores.elbo
             known |= figures
         except Exception as error:  # nothing may be lost
-            if is_of_the_machine(error):
-                raise
-            ended = what_ended(error)
+            ended = ended_by(error)
     if (trainer := attempt.trainer) is not None:
         known |= {"num_parameters": trainer.model.num_parameters, "device": str(trainer.device)}
     if history := attempt.history:

@@ -1,7 +1,16 @@
 """What happens in a study while it runs, for whoever wants to hear of it."""
 
+from collections.abc import Callable
+
 from search.spec import StudySpec
 from search.tables import AttemptRow, EpochRow, FinalRow, TrialRow
+
+Tell = Callable[[int, int, str], None]
+"""Hears of how many of a total are done, and what is being done."""
+
+
+def untold(done: int, total: int, note: str) -> None:
+    """A Tell for whoever wants to hear nothing."""
 
 
 class StudyEvents:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from cluster.resources import Packing
 from cluster.runtime import ray_runtime
 from search.checks import check_space, concurrency_of, disk_budget_bytes, largest_num_parameters, prepared
 from search.early_stopping import EarlyStopping
@@ -142,9 +143,7 @@ def _time_text(plan: Plan) -> str:
 def _placement(spec: StudySpec, address: str | None, data: Dataset) -> tuple[int, float]:
     """Trials at once, and the GPUs of each; `auto`, which a run measures, counts as a whole GPU here."""
     with ray_runtime(address, data_bytes=data.nbytes) as runtime:
-        gpus = spec.resources.gpus_per_trial
-        if gpus == "auto":
-            gpus = 1.0 if runtime.num_gpus else 0.0
+        gpus = spec.resources.gpus(Packing(1) if runtime.num_gpus else None)
         return min(concurrency_of(spec, runtime, gpus), spec.budget.trials), gpus
 
 

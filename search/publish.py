@@ -4,7 +4,6 @@ import io
 import math
 import shutil
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from search.attempt import device_for, threads_for
 from search.checkpoints import CheckpointStore
 from search.checks import check_fingerprint
+from search.events import Tell, untold
 from search.results import (
     CHECKPOINTS_FOLDER,
     MODEL_FILE,
@@ -40,9 +40,6 @@ from vae.portable import how_to_get_onnx, missing_onnx_packages
 
 TOLERANCE_NATS, TOLERANCE = 1e-4, 1e-5
 """How far the value of a model read back may lie from the one in the ledger: so much, and this share of its terms."""
-
-Tell = Callable[[int, int, str], None]
-"""Hears of how many models how many are done, and what is being done."""
 
 
 class ExportMismatch(RuntimeError):
@@ -100,7 +97,7 @@ def export_best(
     *,
     programs: bool = False,
     onnx: bool = False,
-    tell: Tell = lambda done, total, note: None,
+    tell: Tell = untold,
 ) -> list[Path]:
     """Export the best `top` into a folder of the user's. Raises InputError if fewer were kept.
 
@@ -129,7 +126,7 @@ def export_models(
     *,
     programs: bool = False,
     onnx: bool = False,
-    tell: Tell = lambda done, total, note: None,
+    tell: Tell = untold,
 ) -> list[Path]:
     """Write, read back and check one folder a row, named after its rank in `rows`."""
     check_fingerprint(study, data)

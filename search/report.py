@@ -24,6 +24,7 @@ from markupsafe import Markup
 from search import figures
 from search.comparison import Arm, Comparison, compare
 from search.drawing import look_of
+from search.events import Tell, untold
 from search.leaderboard import ADVERSARIAL
 from search.lease import Lease, LeaseHeld
 from search.pictures import pictures
@@ -53,15 +54,9 @@ PARTS = (
 )
 """In the order in which they are made."""
 
-Tell = Callable[[int, int, str], None]
-"""Hears of how many parts how many are done, and which is being made."""
-
-
-def _untold(done: int, total: int, note: str) -> None: ...
-
 
 def write_report(
-    study: Study, output: str | Location | None = None, *, light: bool = False, tell: Tell = _untold
+    study: Study, output: str | Location | None = None, *, light: bool = False, tell: Tell = untold
 ) -> Location:
     """Write the page, whole or not at all, and return where: by default the study's folder, or, where the study lies
     on remote storage, `<study>.html` in the working directory. Raises InputError if it cannot be written there.
@@ -81,7 +76,7 @@ def write_report(
     return target
 
 
-def report_html(study: Study, *, light: bool = False, tell: Tell = _untold) -> str:
+def report_html(study: Study, *, light: bool = False, tell: Tell = untold) -> str:
     """The page as text; light: without any script, and small."""
     study = Snapshot(study.path)
     tell(0, len(PARTS), PARTS[0])

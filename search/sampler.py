@@ -292,7 +292,7 @@ class StudySearcher(Searcher):
         ]
         new = self.ledger.add_epochs(rows)
         self.ledger.add_diagnostics(*probe_rows(row, result["probes"]))
-        told = trial.storage.get_trial(trial._trial_id).intermediate_values
+        told = _told(trial)
         for epoch in rows:
             if epoch.epoch not in told:
                 trial.report(epoch.objective, epoch.epoch)
@@ -350,7 +350,7 @@ class StudySearcher(Searcher):
         for name, violation in constraints_of(row).items():
             trial.set_constraint(name, violation)
         if status in ("diverged", "oom") and objective is not None:
-            trial.report(objective, beyond(row, trial.storage.get_trial(trial._trial_id).intermediate_values))
+            trial.report(objective, beyond(row, _told(trial)))
         arm, _ = self.spec.place(row.trial)
         self.arms[arm].study.tell(trial, objective if state == "COMPLETE" else None, state=TrialState[state])
         if not self.gave_up:  # which is for good, also when a trial still under way ends well
@@ -403,6 +403,11 @@ def probe_rows(row: TrialRow, probes: list[dict[str, Any]]) -> tuple[list[Diagno
 def trial_seed(study_seed: int, number: int) -> int:
     """The seed of a trial: of its initial weights, its order of rows and its noise."""
     return int(np.random.SeedSequence([study_seed, number, 1]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _told(trial: optuna.Trial) -> Mapping[int, float]:
+    """Epoch -> what Optuna heard of it."""
+    return trial.storage.get_trial(trial._trial_id).intermediate_values
 
 
 def _now() -> datetime:

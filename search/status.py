@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from search.interrupts import LEFT_BEHIND
-from vae.config import InputError
+from vae.config import InputError, printable
 
 
 def end_with_status(command: Callable[[], object], *, is_debugging: bool = False) -> NoReturn:
@@ -22,8 +22,7 @@ def end_with_status(command: Callable[[], object], *, is_debugging: bool = False
         if is_debugging:
             raise
         text = str(error) or type(error).__name__
-        shown = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)  # names may be anybody's
-        print(f"vaesearch: {shown}", file=sys.stderr)
+        print("vaesearch:", printable(text, but="\n\t"), file=sys.stderr)  # names in it may be anybody's
         _leave(2 if isinstance(error, InputError) else 1)
     _leave(0)
 

@@ -230,15 +230,13 @@ class _Driver:
             finally:
                 os._exit(1)
 
-        with head_watched(on_lost=leave), store_server(self.path / checkpoints) as server:
+        watched, served = head_watched(on_lost=leave), store_server(self.path / checkpoints)
+        with watched, served as server, contextlib.closing(ledger):
             try:
                 with self.interrupts.deferred():
                     yield server
             finally:
-                try:
-                    ledger.flush(LAST_FLUSH_S)
-                finally:
-                    ledger.close()
+                ledger.flush(LAST_FLUSH_S)
 
     def _rounds(
         self,

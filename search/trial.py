@@ -56,7 +56,7 @@ class VaeTrial(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        from search.attempt import Ended, is_of_the_machine, what_ended
+        from search.attempt import Ended, ended_by
 
         ended = Ended("ok")
         try:
@@ -64,9 +64,7 @@ class VaeTrial(tune.Trainable):
             if self._attempt.is_final and (reason := self._attempt.collapse()):
                 ended = Ended("collapsed", reason)
         except Exception as error:  # nothing may be lost
-            if is_of_the_machine(error):
-                raise  # which ends this worker
-            ended = what_ended(error)
+            ended = ended_by(error)
         return self._result(ended)
 
     def _result(self, ended: "Ended") -> dict[str, Any]:

@@ -90,16 +90,23 @@ def in_mlflow(study: Study) -> dict[int, dict[str, dict[int, float]]]:
     return told
 
 
-TRACKERS = [("tensorboard", in_tensorboard, 1e-6), ("mlflow", in_mlflow, 0.0)]  # event files have float32
+Tracker = tuple[str, Callable[[Study], Any], float]
+"""Its name, what reads it, and how far its numbers may be from the ledger's: event files have float32."""
+
+
+@pytest.fixture(params=[("tensorboard", in_tensorboard, 1e-6), ("mlflow", in_mlflow, 0.0)], ids=lambda of: of[0])
+def tracker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Tracker:
+    name = request.param[0]
+    pytest.importorskip(search.trackers.BACKENDS[name][0], reason=f"the extra {name} is not installed")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return request.param
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # mlflow's use of sqlalchemy
-@pytest.mark.parametrize(("name", "read", "rel"), TRACKERS)
 def test_a_trial_that_goes_on_goes_on_in_its_run(
-    spec: StudySpec, name: str, read: Callable[[Study], Any], rel: float, monkeypatch: pytest.MonkeyPatch
+    spec: StudySpec, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip(search.trackers.BACKENDS[name][0], reason=f"the extra {name} is not installed")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    name, read, rel = tracker
     monkeypatch.setattr(search.trackers, "INTERRUPTED_S", search.trackers.LAST_S)
     longer = with_(spec, budget={"trials": 1, "max_epochs": 8})
     with pytest.raises(Exception, match="Died"), tracking([name], longer, print) as trackers:
@@ -111,12 +118,8 @@ def test_a_trial_that_goes_on_goes_on_in_its_run(
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize(("name", "read", "rel"), TRACKERS)
-def test_a_tracker_is_told_what_the_ledger_has(
-    spec: StudySpec, name: str, read: Callable[[Study], Any], rel: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip(search.trackers.BACKENDS[name][0], reason=f"the extra {name} is not installed")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def test_a_tracker_is_told_what_the_ledger_has(spec: StudySpec, tracker: Tracker) -> None:
+    name, read, rel = tracker
     study, said = run(spec, [name, name])
     assert said == []
     assert_same(read(study), study, rel)

@@ -69,6 +69,11 @@ class InputError(ValueError):
     """Something the user can mend: a file, a value, a flag. The text says where, what, and what would do."""
 
 
+def printable(text: str, but: str = "") -> str:
+    """`text`, of which nothing steers a terminal: what prints nothing is escaped, except for what is in `but`."""
+    return "".join(c if c.isprintable() or c in but else ascii(c)[1:-1] for c in text)
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)

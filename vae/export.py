@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from vae import portable
 from vae.card import card
-from vae.config import DataConfig, InputError, ModelConfig
+from vae.config import DataConfig, InputError, ModelConfig, printable
 from vae.data import Dataset, Units, feature_names
 from vae.images import num_that_fit, save_grid, save_reconstructions, shades
 from vae.model import VAE
@@ -278,8 +278,7 @@ def _fill(model: VAE, weights: Mapping[str, torch.Tensor]) -> None:
 
 def _told(what: object) -> str:
     """In words from a stranger's folder, a line of which nothing steers a terminal."""
-    text = " ".join(str(what).split())[:_MAX_TOLD]
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return printable(" ".join(str(what).split())[:_MAX_TOLD])
 
 
 def _device(device: str | torch.device) -> torch.device:

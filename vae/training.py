@@ -131,7 +131,8 @@ class Trainer:
         if model_config.input_dim != data.input_dim:
             raise ValueError(f"the model takes {model_config.input_dim} features and the data have {data.input_dim}")
         self._has_statistics = model_config.normalization == "batch"
-        if self._has_statistics and train_config.batch_size < 2:
+        self._fewest_rows = 2 if self._has_statistics else 1  # of a batch: one row has no statistics
+        if train_config.batch_size < self._fewest_rows:
             raise ValueError("batch normalisation needs a batch_size of at least 2")
         self.config = train_config
         self.device = torch.device(device)
@@ -148,9 +149,8 @@ class Trainer:
         self._val_nelbo: float | None = None  # of the last epoch
         resident = _resident(data, self.device)
         self._train, self._validation, self._rows = resident.train, resident.validation, resident.rows
-        self._steps_per_epoch = math.ceil(len(data.train) / train_config.batch_size)
-        if self._has_statistics and len(data.train) % train_config.batch_size == 1 < len(data.train):
-            self._steps_per_epoch -= 1  # the last batch is left out: see _batches
+        whole, rest = divmod(len(data.train), train_config.batch_size)
+        self._steps_per_epoch = max(1, whole + (rest >= self._fewest_rows))
         self._noise = fixed_noise(len(data.validation), model_config.latent_dim, data.config.seed).to(self.device)
         self._dynamic = data.config.binarize == "dynamic"
         self._seed_of_data = data.config.seed
@@ -274,7 +274,7 @@ class Trainer:
     def _batches(self) -> Iterator[Tensor]:
         """Indices of the training rows in a new order, a batch at a time."""
         for rows in torch.randperm(len(self._train), device=self.device).split(self.config.batch_size):
-            if len(rows) > 1 or not self._has_statistics:  # one row has none
+            if len(rows) >= self._fewest_rows:
                 yield rows
 
     def _train_step(self, x: Tensor) -> None:
