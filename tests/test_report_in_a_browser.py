@@ -253,7 +253,7 @@ def test_a_study_of_5000_trials_makes_a_small_file_that_shows_a_page_of_them_at_
     study = made_up_study(tmp_path / "s", trials=5000, max_epochs=20, seeds=6)
     began = time.process_time()
     file = Path(str(write_report(study)))
-    assert time.process_time() - began < 40
+    assert time.process_time() - began < 10
     assert file.stat().st_size < 15_000_000
     assert Path(str(write_report(study, tmp_path / "light.html", light=True))).stat().st_size < 500_000
     with Visit(chromium, file) as visit:

@@ -37,7 +37,7 @@ kind = "none"
 [export]
 top = 1
 """
-NOTICED_WITHIN_S = 45  # with Ray's own values (2.60) it takes 65
+NOTICED_WITHIN_S = 20  # with Ray's own values (2.60) it takes 65
 EVERYWHERE = ("0.0.0.0", "::")
 
 

@@ -40,7 +40,7 @@ QUICK_TO_NOTICE = {
     "RAY_grpc_client_keepalive_time_ms": "5000",
     "RAY_grpc_client_keepalive_timeout_ms": "10000",
 }
-NOTICED_WITHIN_S = 50.0
+NOTICED_WITHIN_S = 30.0
 URL = "http://127.0.0.1:8265"
 
 
